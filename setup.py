@@ -1,0 +1,19 @@
+"""Everything that changes between releases lives in settings.ini; this file only reads it."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+settings = ConfigParser()
+settings.read(here/'settings.ini', encoding='utf-8')
+project = settings['DEFAULT']
+extras = {name: value.split() for name, value in settings.items('extras') if name not in settings.defaults()}
+
+setup(
+    name=project['lib_name'], version=project['version'], description=project['description'],
+    author=project['author'], license=project['license'], keywords=project['keywords'].split(),
+    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    package_dir={'': 'lib'}, packages=find_packages('lib'), package_data={'lamella': ['assets/*', 'py.typed']},
+    python_requires=f">={project['min_python']}", install_requires=project['requirements'].split(),
+    extras_require=extras, zip_safe=False)
