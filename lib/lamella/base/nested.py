@@ -110,5 +110,5 @@ def as_list(
 ) -> list[Any]:    # always a list
     "`None` as an empty list, one thing as a list of one, several as they are"
     if x is None: return []
-    if isinstance(x, (str, bytes, Mapping, torch.Tensor, np.ndarray)) or not hasattr(x, '__iter__'): return [x]
+    if isinstance(x, (str, bytes, type, Mapping, torch.Tensor, np.ndarray)) or not hasattr(x, '__iter__'): return [x]
     return list(x)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['F', 'did_you_mean', 'checked_keywords', 'register', 'name_of', 'is_registered', 'registered', 'LazyModule', 'require']
+__all__ = ['did_you_mean', 'checked_keywords', 'register', 'name_of', 'is_registered', 'registered', 'LazyModule', 'require']
 
 # %% ../../../nbs/00_base/03_registry.ipynb #be152a97
 def did_you_mean(
@@ -26,11 +26,11 @@ def did_you_mean(
     return f" Did you mean {' or '.join(repr(o) for o in close)}?" if close else ''
 
 # %% ../../../nbs/00_base/03_registry.ipynb #c8d19637
-F = TypeVar('F', bound=Callable[..., Any])
+_F = TypeVar('_F', bound=Callable[..., Any])
 
 def checked_keywords(
-    func: F, # a function or method without `**kwargs`
-) -> F:      # the same; an unknown keyword raises `TypeError` with the right name
+    func: _F, # a function or method without `**kwargs`
+) -> _F:     # the same; an unknown keyword raises `TypeError` with the right name
     "Decorator: an unknown keyword is an error that offers the right one"
     names = [p.name for p in inspect.signature(func).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     known = frozenset(names)
