@@ -1,0 +1,117 @@
+"""What every row shares: the command line, the seeds, the threads, the folder of photographs."""
+import contextlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Callable
+
+RESULTS = Path(__file__).resolve().parents[1]/'results'
+PHOTO_SIZE, PHOTO_COUNT = (500, 375), 512
+SOURCES = dict(space=['astronaut', 'rocket', 'hubble_deep_field'], things=['coffee', 'stereo_motorcycle'],
+               animals=['chelsea'], medicine=['immunohistochemistry', 'retina'])
+
+
+def main(
+    unit: str,                         # what the value is, such as 'images/s'
+    measure: Callable[[str], float],   # measures a library, given its name
+    floor: Callable[[], float] = None, # measures hand-written code that does the same
+) -> None:
+    "Measure what `sys.argv[1]` names (fastai, lamella or floor) and print the result as one line of JSON"
+    name = sys.argv[1]
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        value = floor() if name == 'floor' else measure(name)
+    print(json.dumps(dict(value=value, unit=unit)))
+
+
+def library(name: str) -> ModuleType:
+    "A module that holds what `from NAME.vision.all import *` imports"
+    module = ModuleType(f'{name}_names')
+    exec(f'from {name}.vision.all import *', vars(module))
+    return module
+
+
+def prepare(
+    threads: int = None, # torch threads, all cores by default
+    seed: int = 0,
+) -> None:
+    "The same seeds and the same number of torch threads for everybody; call it last before the work is set up"
+    import numpy
+    import torch
+    torch.set_num_threads(threads or os.cpu_count())
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    "How long one call of `work` takes"
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def median_seconds(
+    work: Callable[[], object],
+    calls: int = 30,
+    warm_up: int = 5, # calls that are not counted
+) -> float:
+    "The median time of a call of `work`"
+    for _ in range(warm_up): work()
+    return statistics.median(seconds(work) for _ in range(calls))
+
+
+def images_per_second(
+    loader,          # yields batches, whose first part is the images
+    epochs: int = 2, # whole epochs that are counted
+) -> float:
+    "The speed of `loader` over whole epochs, the start of each included, after one that is not counted"
+    def one_epoch() -> int: return sum(len(batch[0]) for batch in loader)
+    one_epoch()
+    start = time.perf_counter()
+    count = sum(one_epoch() for _ in range(epochs))
+    return count / (time.perf_counter() - start)
+
+
+def photos() -> Path:
+    "A folder with `PHOTO_COUNT` JPEGs in four class folders, made when it is missing"
+    path = RESULTS/'photos'
+    if not path.exists():
+        RESULTS.mkdir(exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=RESULTS))
+        make_photos(made)
+        made.rename(path)
+    return path
+
+
+def make_photos(path: Path) -> None:
+    "Crops of the photographs that scikit-image brings along, re-encoded as JPEGs of the size of ImageNet's"
+    rng = random.Random(0)
+    for label, names in SOURCES.items():
+        (path/label).mkdir()
+        sources = [open_source(name) for name in names]
+        for i in range(PHOTO_COUNT//len(SOURCES)):
+            random_crop(sources[i % len(sources)], rng).save(path/label/f'{label}_{i:03}.jpg', quality=90)
+
+
+def open_source(name: str):
+    "The sample image of scikit-image called `name`"
+    from PIL import Image
+    from skimage import data
+    pixels = getattr(data, name)()
+    return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
+
+
+def random_crop(image, rng: random.Random):
+    "A random 4:3 part of `image`, at least half as wide as it, mirrored half of the time"
+    from PIL import Image, ImageOps
+    width = rng.uniform(0.5, 1) * min(image.width, image.height*4/3)
+    height = width * 3/4
+    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    crop = image.resize(PHOTO_SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return ImageOps.mirror(crop) if rng.random() < 0.5 else crop
