@@ -8,14 +8,12 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
+from ..base.errors import add_context, context_of, describe_value
 from ..base.nested import as_list
 from .transform import Transform
 
 # %% auto #0
-__all__ = ['as_transform', 'Pipeline', 'describe_value', 'context_of', 'add_context', 'describe_failure', 'DataError',
-           'data_error']
+__all__ = ['as_transform', 'Pipeline', 'describe_failure', 'DataError', 'data_error']
 
 # %% ../../../nbs/10_data/05_pipeline.ipynb #2f81d013
 def as_transform(
@@ -81,32 +79,6 @@ class Pipeline:
         return next((f for f in self.fs if isinstance(f, kind)), None)
 
 # %% ../../../nbs/10_data/05_pipeline.ipynb #140d16fb
-def describe_value(
-    x: Any, # any value
-) -> str:   # its type, with its size or shape
-    "A value in a few words, for a message"
-    if isinstance(x, tuple): return f"({', '.join(map(describe_value, x))})"
-    if isinstance(x, torch.Tensor): return f'{type(x).__name__} {tuple(x.shape)} {str(x.dtype).replace("torch.", "")}'
-    size = getattr(x, 'size', None)
-    if isinstance(size, tuple): return f'{type(x).__name__} {size[0]}x{size[1]} {getattr(x, "mode", "")}'.strip()
-    text = repr(x)
-    return text if len(text) < 80 else f'{text[:77]}...'
-
-def context_of(
-    error: BaseException, # an error
-) -> list[str]:           # lines of context, the innermost first
-    "What was added to `error` on its way up"
-    return list(getattr(error, '__notes__', []))
-
-def add_context(
-    error: BaseException, # an error on its way up
-    line: str,            # where it passed
-) -> BaseException:       # the same error
-    "Add a line to what `error` shows (also on Python 3.10, which has no `add_note`)"
-    if hasattr(error, 'add_note'): error.add_note(line)
-    else: error.__notes__ = context_of(error) + [line] # type: ignore[attr-defined]
-    return error
-
 def describe_failure(
     error: Exception,     # what was raised
     transform: Transform, # the transform it was raised in
