@@ -22,7 +22,10 @@ def did_you_mean(
     options: Iterable[str], # what could have been written
 ) -> str:                   # " Did you mean 'x'?", or nothing
     "The end of an error message that offers the names nearest to `name`"
-    close = difflib.get_close_matches(name, list(options), n=3, cutoff=0.6)
+    options = list(options)
+    words = {'_'.join(sorted(o.split('_'))): o for o in options} # 'max_lr' is near 'lr_max'
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.6)
+    close = close or [words[o] for o in difflib.get_close_matches('_'.join(sorted(name.split('_'))), list(words), n=1, cutoff=0.8)]
     return f" Did you mean {' or '.join(repr(o) for o in close)}?" if close else ''
 
 # %% ../../../nbs/00_base/03_registry.ipynb #c8d19637

@@ -30,7 +30,7 @@ class TextTable:
         bar: bool,        # with a bar below
     ):
         self.widths, self.bar, self.has_bar = [max(10, len(o)) for o in names], None, bar
-        self.line(names)
+        if names: self.line(names)
 
     def line(self,
         cells: list[Any], # entries of a row
@@ -104,7 +104,7 @@ def in_notebook() -> bool: # no for a terminal, also that of IPython
     return 'IPython' in sys.modules and type(get_ipython()).__name__ in ('ZMQInteractiveShell', 'CaptureShell')
 
 def make_table(
-    names: list[str], # headings
+    names: list[str], # headings; none for a bar alone
 ) -> TextTable | NotebookTable: # a table
     "The kind of table that suits where the output goes"
     if in_notebook(): return NotebookTable(names, bar=True)
@@ -120,19 +120,16 @@ class ProgressCallback(Callback):
     ): self.every, self.table = every, None
 
     def before_fit(self) -> None:
-        self._logger, self.learn.logger = self.learn.logger, self._row
-        self._next = 0.
+        self._logger, self._next = self.learn.logger, 0.
+        silent = getattr(self._logger, '__name__', '') == 'ignore_row'
+        if not silent: self.learn.logger = self._row
+        self.table = make_table([] if silent else self.learn.recorder.metric_names)
 
-    def _row(self, cells: list[Any]) -> None:
-        if self.table is None: self.table = make_table(self.learn.recorder.metric_names)
-        self.table.line(cells)
-
-    def before_epoch(self) -> None:
-        if self.table is None: self.table = make_table(self.learn.recorder.metric_names)
+    def _row(self, cells: list[Any]) -> None: self.table.line(cells)
 
     def after_batch(self) -> None:
         now = time.perf_counter()
-        if now < self._next or self.table is None: return
+        if now < self._next: return
         self._next = now + self.every
         loop = self.learn
         note = f'epoch {loop.epoch + 1}/{loop.n_epoch} ' + (f'loss {loop.recorder.smooth_loss:.4f}' if loop.training else 'validation')

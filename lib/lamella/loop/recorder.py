@@ -104,6 +104,10 @@ class Recorder(Callback):
     def after_validate(self) -> None:
         if self.valid_metrics and hasattr(self, '_row'): self._row += self._values([self._loss_metric, *self._metrics])
 
+    def validation_values(self) -> list[Any]: # loss, then the metrics
+        "What the last validation pass gave"
+        return self._values([self._loss_metric, *self._metrics])
+
     def _values(self, metrics: list[Metric]) -> list[Any]:
         return [o.item() if isinstance(o, torch.Tensor) and o.numel() == 1 else o for o in (m.value for m in metrics)]
 
