@@ -169,15 +169,15 @@ def footnotes(rows: list[Row]) -> str:
 def notes(rows: list[Row], about: dict[str, str]) -> str:
     "How to read the table, and what it was made with"
     facts = '; '.join(f'{name} {value}' for name, value in about.items())
-    return ('Medians; less is better, but for images/s. Floor: the same work in hand-written code. All on the CPU.\n'
-            f'{spread(rows)}{facts}')
+    return ('Medians; less is better, but for images/s. Floor: the same work in hand-written code.\n'
+            f'All on the CPU, with one torch thread. {spread(rows)}{facts}')
 
 
 def spread(rows: list[Row]) -> str:
     "How far apart the rounds were at worst, the noise of the machine"
     found = [((max(values) - min(values))/statistics.median(values), f'{row.name}, {name}')
              for row in rows for name, values in row.values.items() if len(values) > 1]
-    if not found: return ''
+    if not found: return '\n'
     worst, where = max(found)
     return f'Largest difference between the rounds: {worst:.0%} of the median ({where}).\n'
 

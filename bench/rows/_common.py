@@ -36,17 +36,12 @@ def library(name: str) -> ModuleType:
     return module
 
 
-def prepare(
-    threads: int = None, # torch threads, all cores by default
-    seed: int = 0,
-) -> None:
-    "The same seeds and the same number of torch threads for everybody; call it last before the work is set up"
+def prepare() -> None:
+    "The same seeds for everybody, and one torch thread: more of them fight for the cores of a busy machine"
     import numpy
     import torch
-    torch.set_num_threads(threads or os.cpu_count())
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed): seed(0)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -32,7 +32,7 @@ def microseconds_a_step(fit) -> float:
 def measure(name: str, optimizer: str = 'SGD') -> float:
     "Microseconds a step of the program that users write"
     vision = library(name)
-    prepare(threads=1)
+    prepare()
     dls = vision.DataLoaders(Batches(STEPS), Batches(1))
     learn = vision.Learner(dls, make_model(), loss_func=nn.MSELoss(), opt_func=getattr(vision, optimizer),
                            metrics=vision.mae, lr=1e-3)
@@ -41,7 +41,7 @@ def measure(name: str, optimizer: str = 'SGD') -> float:
 
 def floor(optimizer: str = 'SGD', **kwargs) -> float:
     "Microseconds a step of the same loop without a framework"
-    prepare(threads=1)
+    prepare()
     train, valid, model, loss_func = Batches(STEPS), Batches(1), make_model(), nn.MSELoss()
     opt = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3, **kwargs)
 
