@@ -67,9 +67,17 @@ class CrossEntropyLossFlat(BaseLoss):
         loss = F.cross_entropy(pred, targ, self.weight, ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing)
         return loss.flatten() if self.reduction == 'none' else loss
 
-    def activation(self, x: torch.Tensor) -> torch.Tensor: return F.softmax(x, dim=self.axis)
-    def decodes(self, x: torch.Tensor) -> torch.Tensor: return x.argmax(dim=self.axis)
-    def spec_args(self) -> dict[str, Any]: return {'axis': self.axis}
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        "Logits to probabilities"
+        return F.softmax(x, dim=self.axis)
+
+    def decodes(self, x: torch.Tensor) -> torch.Tensor:
+        "The number of the likeliest class"
+        return x.argmax(dim=self.axis)
+
+    def spec_args(self) -> dict[str, Any]:
+        "What an exported file has to say of this loss"
+        return {'axis': self.axis}
 
 def LabelSmoothingCrossEntropyFlat(
     axis: int = -1,          # dimension of the classes
@@ -102,9 +110,17 @@ class BCEWithLogitsLossFlat(BaseLoss):
         targ = targ.to(pred.dtype).reshape(pred.shape)
         return F.binary_cross_entropy_with_logits(pred, targ, self.weight, pos_weight=self.pos_weight, reduction=self.reduction)
 
-    def activation(self, x: torch.Tensor) -> torch.Tensor: return torch.sigmoid(x)
-    def decodes(self, x: torch.Tensor) -> torch.Tensor: return x > self.thresh
-    def spec_args(self) -> dict[str, Any]: return {'axis': self.axis, 'thresh': self.thresh}
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        "Logits to probabilities"
+        return torch.sigmoid(x)
+
+    def decodes(self, x: torch.Tensor) -> torch.Tensor:
+        "Whether each class is likely enough"
+        return x > self.thresh
+
+    def spec_args(self) -> dict[str, Any]:
+        "What an exported file has to say of this loss"
+        return {'axis': self.axis, 'thresh': self.thresh}
 
 class _Elementwise(BaseLoss):
     "A loss of two tensors with the same number of elements"

@@ -51,41 +51,46 @@ def _snake(name: str) -> str:
 class AvgMetric(Metric):
     "The average of a function of predictions and targets over all samples"
     def __init__(self,
-        func: Callable[..., torch.Tensor], # from predictions and targets to the mean of a batch
+        func: Callable[..., torch.Tensor] | None, # from predictions and targets to the mean of a batch
     ):
         self.func = func
         self.reset()
 
-    def reset(self) -> None: self.total, self.count = 0., 0
+    def reset(self) -> None:
+        "Begin anew"
+        self.total, self.count = 0., 0
 
     def accumulate(self, learn: Outcome) -> None:
+        "Add the batch, weighted by its size"
         bs = find_bs(learn.yb)
-        try: value = self.func(learn.pred, *learn.yb)
-        except Exception as error: raise add_context(error, f"in the metric '{self.name}', given predictions {describe_value(learn.pred)} and targets {describe_value(learn.yb)}")
+        value = self._of_batch(learn)
         self.total = self.total + (value.detach() if isinstance(value, torch.Tensor) else value) * bs
         self.count += bs
 
-    @property
-    def value(self) -> Any: return self.total / self.count if self.count else None
+    def _of_batch(self, learn: Outcome) -> Any:
+        try: return self.func(learn.pred, *learn.yb)
+        except Exception as error: raise add_context(error, f"in the metric '{self.name}', given predictions {describe_value(learn.pred)} and targets {describe_value(learn.yb)}")
 
     @property
-    def name(self) -> str: return getattr(self.func, 'func', self.func).__name__ if hasattr(getattr(self.func, 'func', self.func), '__name__') else _snake(type(self.func).__name__)
+    def value(self) -> Any:
+        "The average; `None` before the first batch"
+        return self.total / self.count if self.count else None
 
-class AvgLoss(Metric):
+    @property
+    def name(self) -> str:
+        "The name of the function"
+        func = getattr(self.func, 'func', self.func)
+        return getattr(func, '__name__', None) or _snake(type(func).__name__)
+
+class AvgLoss(AvgMetric):
     "The average of the loss over all samples"
-    def __init__(self) -> None: self.reset()
-    def reset(self) -> None: self.total, self.count = 0., 0
-
-    def accumulate(self, learn: Outcome) -> None:
-        bs = find_bs(learn.yb)
-        self.total = self.total + learn.loss.detach().mean() * bs
-        self.count += bs
+    def __init__(self) -> None: super().__init__(None)
+    def _of_batch(self, learn: Outcome) -> torch.Tensor: return learn.loss.mean()
 
     @property
-    def value(self) -> Any: return self.total / self.count if self.count else None
-
-    @property
-    def name(self) -> str: return 'loss'
+    def name(self) -> str:
+        "The heading of its column"
+        return 'loss'
 
 def mk_metric(
     m: Any,   # a metric, a class of metrics, or a function of predictions and targets

@@ -5,16 +5,13 @@
 # %% ../../../nbs/20_loop/01_callback.ipynb #6d5053d5
 from __future__ import annotations
 import re
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import nn
 
 from ..base.registry import did_you_mean
 from .events import EVENTS
-
-if TYPE_CHECKING:
-    from lamella.loop.training import TrainingLoop
 
 # %% auto #0
 __all__ = ['LoopState', 'Callback']
@@ -46,7 +43,7 @@ class Callback:
     run: bool = True        # set to False to be left out until the end of the fit
     run_train: bool = True  # called for training batches
     run_valid: bool = True  # called for validation batches
-    learn: TrainingLoop     # the loop it belongs to
+    learn: Any              # the loop it belongs to: a `TrainingLoop`, almost always a `Learner`
 
     model = LoopState[nn.Module]('the model')
     dls = LoopState[Any]('the loaders')
