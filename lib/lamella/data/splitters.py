@@ -18,8 +18,8 @@ from ..base.nested import as_list
 Splitter = Callable[[Any], tuple[L, L]]
 
 # %% auto #0
-__all__ = ['Splitter', 'RandomSplitter', 'IndexSplitter', 'EndSplitter', 'MaskSplitter', 'FuncSplitter', 'GrandparentSplitter',
-           'FileSplitter']
+__all__ = ['Splitter', 'RandomSplitter', 'IndexSplitter', 'EndSplitter', 'MaskSplitter', 'FuncSplitter', 'ColSplitter',
+           'GrandparentSplitter', 'FileSplitter']
 
 # %% ../../../nbs/10_data/02_splitters.ipynb #87b4e594
 def RandomSplitter(
@@ -70,6 +70,17 @@ def FuncSplitter(
 ) -> Splitter:                   # a function from items to (training, validation) indices
     "Split by a function of the item"
     def _split(items: Any) -> tuple[L, L]: return MaskSplitter([bool(func(o)) for o in items])(items)
+    return _split
+
+def ColSplitter(
+    col: str | int = 'is_valid', # column that is true for validation rows; or, with `on`, holds a value for them
+    on: Any = None,              # value, or list of values, of validation rows
+) -> Splitter:                   # a function from a table to (training, validation) indices
+    "Split a table by one of its columns"
+    def _split(items: Any) -> tuple[L, L]:
+        if not hasattr(items, 'iloc'): raise TypeError(f'ColSplitter needs a table (a DataFrame), not a {type(items).__name__}')
+        column = items.iloc[:, col] if isinstance(col, int) else items[col]
+        return MaskSplitter(column.astype(bool) if on is None else column.isin(as_list(on)))(items)
     return _split
 
 # %% ../../../nbs/10_data/02_splitters.ipynb #9fc56f5e

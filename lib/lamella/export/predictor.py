@@ -61,7 +61,7 @@ def load_learner(
     spec = _read_spec(Path(fname), members)
     try: predictor = _build(spec, members, trust)
     except UntrustedError as error: raise UntrustedError(f"'{fname}' is not loaded: {error}") from error
-    except Exception as error: raise ExportError(f"'{fname}' cannot be loaded: {error}") from error
+    except Exception as error: raise ExportError(f"'{fname}' cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
     predictor.device = resolve_device(device)
     predictor.model.to(predictor.device).eval()
     return predictor

@@ -21,7 +21,7 @@ from ..nets.weights import load_weights
 
 # %% auto #0
 __all__ = ['Architecture', 'find_architecture', 'FeatureVector', 'TimmBody', 'adapt_channels', 'build_body',
-           'create_vision_model', 'vision_splitter', 'stats_of']
+           'create_vision_model', 'rebuild_vision_model', 'vision_splitter', 'stats_of']
 
 # %% ../../../nbs/60_vision/06_nets.ipynb #e24d5079
 @dataclass(frozen=True)
@@ -173,7 +173,6 @@ def _classifier_names(model: nn.Module) -> tuple[str, ...]:
     "Beginnings of the names of weights that the new head replaces"
     return ('fc.', 'classifier.', 'head.fc.', 'heads.', 'head.', 'AuxLogits.', 'aux1.', 'aux2.')
 
-@register
 def create_vision_model(
     arch: Any,                                     # what `find_architecture` takes, or a function `arch(pretrained)`
     n_out: int,                                    # outputs
@@ -200,8 +199,21 @@ def create_vision_model(
     if init is not None and custom_head is None: apply_init(head, init)
     found = find_architecture(arch)
     if found is not None and custom_head is None and not callable(cut):
-        model.built_by = (create_vision_model, dict(arch=str(found), n_out=n_out, n_in=n_in, cut=cut, **head_args))
+        model.built_by = (rebuild_vision_model, dict(arch=str(found), n_out=n_out, n_in=n_in, cut=cut, **head_args))
     return model
+
+@register
+def rebuild_vision_model(
+    arch: str,           # 'torchvision:name' or 'timm:name'
+    n_out: int,          # outputs
+    n_in: int = 3,       # channels of the images
+    cut: int | None = None, # where to cut; found if not given
+    **head_args: Any,    # arguments of `create_head`
+) -> nn.Sequential:      # body and head, with random weights
+    "What an exported file names: the same network, without weights, which come from the file; nothing is downloaded"
+    unknown = head_args.keys() - {'lin_ftrs', 'ps', 'concat_pool', 'first_bn', 'bn_final', 'lin_first', 'y_range'}
+    if unknown: raise TypeError(f'a head has no argument {sorted(unknown)}')
+    return create_vision_model(arch, n_out, n_in=n_in, cut=cut, **head_args)
 
 # %% ../../../nbs/60_vision/06_nets.ipynb #077e4c60
 def vision_splitter(

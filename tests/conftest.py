@@ -1,0 +1,36 @@
+"""What the tests share: folders of small photographs, a quiet matplotlib, one seed."""
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use('Agg')
+
+
+def make_photos(root: Path, classes=('cat', 'dog'), n: int = 8, size=(60, 48), seed: int = 0) -> Path:
+    "JPEGs in a folder for each class; each class has its own colours, so that they can be learned"
+    from PIL import Image
+    rng = np.random.default_rng(seed)
+    for k, name in enumerate(classes):
+        (root/name).mkdir(parents=True, exist_ok=True)
+        for i in range(1, n + 1):
+            pixels = rng.integers(0, 100, (size[1], size[0], 3), dtype=np.uint8)
+            pixels[..., k % 3] += 150
+            Image.fromarray(pixels).save(root/name/f'{i}.jpg', quality=90)
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return make_photos(tmp_path/'photos')
+
+
+@pytest.fixture(autouse=True)
+def _tidy():
+    "The same seed for each test, and no figures left"
+    from lamella.base.seeds import set_seed
+    set_seed(7)
+    yield
+    import matplotlib.pyplot as plt
+    plt.close('all')

@@ -1,0 +1,113 @@
+"""Exported files that were damaged or made by somebody else: each is one clear error, and nothing in them runs."""
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from lamella.base.bundle import EXPORT_MEMBERS, BundleError, read_bundle, write_bundle
+from lamella.base.pickling import UntrustedError
+from lamella.export import ExportError, load_learner
+
+CLEAR = (BundleError, ExportError, UntrustedError)
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    "A small exported learner, and its bytes"
+    from conftest import make_photos
+    from lamella.vision.all import ImageDataLoaders, Resize, vision_learner
+    folder = tmp_path_factory.mktemp('export')
+    photos = make_photos(folder/'photos', n=4)
+    dls = ImageDataLoaders.from_folder(photos, valid_pct=0.25, seed=1, item_tfms=Resize(32), bs=2, num_workers=0, device='cpu')
+    file = vision_learner(dls, 'test_resnet', pretrained=False).export(folder/'model.pkl')
+    return file, file.read_bytes()
+
+
+def refused(path, data: bytes, match: str = ''):
+    path.write_bytes(data)
+    with pytest.raises(CLEAR, match=match) as caught: load_learner(path)
+    assert '\n' not in str(caught.value).strip()
+
+
+def test_the_file_itself_is_fine(exported):
+    file, data = exported
+    assert load_learner(file).vocab == ['cat', 'dog']
+    spec = json.loads(zipfile.ZipFile(io.BytesIO(data)).read('spec.json'))
+    assert spec['model']['args']['arch'] == 'timm:test_resnet' and spec['pipeline']['vocab'] == ['cat', 'dog']
+    assert set(zipfile.ZipFile(io.BytesIO(data)).namelist()) == {'spec.json', 'weights.safetensors'}
+
+
+@pytest.mark.parametrize('percent', range(0, 100, 5))
+def test_truncated(exported, tmp_path, percent):
+    data = exported[1]
+    refused(tmp_path/'x.pkl', data[:len(data) * percent // 100], 'truncated|no zip')
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_one_altered_byte(exported, tmp_path, place, flip):
+    data = bytearray(exported[1])
+    data[int(place * len(data))] ^= flip
+    refused(tmp_path/'x.pkl', bytes(data))
+
+
+def changed(exported, tmp_path, **members):
+    "The export with other members, and a fitting checksum: what somebody makes who knows the format"
+    return write_bundle(tmp_path/'x.pkl', {**read_bundle(exported[0], EXPORT_MEMBERS), **members})
+
+
+def changed_spec(exported, tmp_path, change):
+    spec = json.loads(read_bundle(exported[0], EXPORT_MEMBERS)['spec.json'])
+    change(spec)
+    return changed(exported, tmp_path, **{'spec.json': json.dumps(spec).encode()})
+
+
+class Evil:
+    def __init__(self, func, *args): self.call = func, args
+    def __reduce__(self): return self.call
+
+
+@pytest.mark.parametrize('how', ['system', 'eval', 'nested', 'through_torch', 'through_import'])
+def test_pickles_that_would_run_code(exported, tmp_path, how):
+    marker = tmp_path/'ran'
+    evil = {'system': Evil(os.system, f'touch {marker}'), 'eval': Evil(eval, f"open({str(marker)!r}, 'w')"),
+            'nested': Evil(pickle.loads, pickle.dumps(Evil(os.system, f'touch {marker}'))),
+            'through_torch': Evil(torch.load, str(marker)), 'through_import': Evil(__import__, 'antigravity')}[how]
+    from safetensors.torch import save
+    file = changed(exported, tmp_path, **{'objects.pkl': pickle.dumps([evil], protocol=4), 'objects.safetensors': save({})})
+    with pytest.raises(UntrustedError, match='trust=True'): load_learner(file)
+    assert not marker.exists()
+
+
+def test_whole_pickle_instead_of_an_export(tmp_path):
+    marker = tmp_path/'ran'
+    (tmp_path/'x.pkl').write_bytes(pickle.dumps(Evil(os.system, f'touch {marker}')))
+    with pytest.raises(BundleError, match='looks like a pickle'): load_learner(tmp_path/'x.pkl')
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('change, match', [
+    (lambda s: s['model'].update(builder='os:system', args={'command': 'true'}), 'nothing is registered'),
+    (lambda s: s['model'].update(builder='lamella.base.download:download'), 'nothing is registered'),
+    (lambda s: s['model']['args'].update(arch='timm:hf-hub:somebody/model'), 'has no architecture'),
+    (lambda s: s['model']['args'].update(arch='timm:local-dir:/tmp'), 'has no architecture'),
+    (lambda s: s['model']['args'].update(n_out=10**15), ''),
+    (lambda s: s['model']['args'].update(n_out=3), ''),
+    (lambda s: s['model']['args'].update(pretrained=True), 'cannot be loaded'),
+    (lambda s: s['pipeline'].update(inputs=[[{'$ref': 'builtins:eval'}]]), 'nothing is registered'),
+    (lambda s: s['pipeline'].update(item_tfms=[{'$object': 3}]), 'not there'),
+    (lambda s: s.update(version=2), 'newer lamella'),
+    (lambda s: s.pop('model'), 'cannot be loaded'),
+])
+def test_specs_that_lie(exported, tmp_path, change, match):
+    with pytest.raises(CLEAR, match=match): load_learner(changed_spec(exported, tmp_path, change))
+
+
+def test_members_outside_the_folder(exported, tmp_path):
+    with pytest.raises(BundleError, match='do not belong'): load_learner(changed(exported, tmp_path, **{'../evil.py': b'1'}))
+    assert not (tmp_path.parent/'evil.py').exists()
