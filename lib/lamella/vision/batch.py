@@ -6,6 +6,8 @@
 from __future__ import annotations
 import functools
 import itertools
+import math
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +22,8 @@ from ..data.types import plain
 from .types import TensorImage, TensorImageBase, TensorMask
 
 # %% auto #0
-__all__ = ['imagenet_stats', 'cifar_stats', 'mnist_stats', 'Pixels', 'Step', 'in_parts', 'fuse_batch', 'BatchTransform',
-           'IntToFloatTensor', 'Normalize']
+__all__ = ['imagenet_stats', 'cifar_stats', 'mnist_stats', 'Pixels', 'Step', 'in_parts', 'new_batch', 'fuse_batch',
+           'BatchTransform', 'IntToFloatTensor', 'Normalize']
 
 # %% ../../../nbs/60_vision/02_batch.ipynb #79f086ef
 class Pixels:
@@ -111,6 +113,20 @@ def in_parts(
         with torch.inference_mode(inference): return work(part)
     return list(_thread_pool(threads, os.getpid()).map(_work, parts))
 
+# %% ../../../nbs/60_vision/02_batch.ipynb #5d91f764
+def new_batch(
+    shape: tuple[int, ...], # of the tensor
+    like: torch.Tensor,     # on the same device
+    dtype: torch.dtype,     # of the tensor
+) -> torch.Tensor:          # its values are not set
+    "Memory for a batch, in few large pages where the system has them"
+    size = math.prod(shape) * dtype.itemsize
+    if like.device.type != 'cpu' or size < 2**25 or not hasattr(mmap, 'MADV_HUGEPAGE'): return like.new_empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try: memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError: pass # a kernel without them
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
 # %% ../../../nbs/60_vision/02_batch.ipynb #9eefa0f6
 class _Run:
     "Neighbouring batch transforms as one"
@@ -123,7 +139,7 @@ class _Run:
     def __call__(self, x: Any, split_idx: int | None = None) -> Any:
         picture, steps = next(_pictures(x), None), []
         for group in self.groups if picture is not None else []:
-            active = [f for f in group if f.split_idx is None or f.split_idx == split_idx]
+            active = [f for f in group if f.split_idx in (None, split_idx)]
             if active: steps += type(group[0]).plan(active, picture, split_idx)
         return self._field(x, steps, split_idx)
 
@@ -134,9 +150,7 @@ class _Run:
             alone = x.dim() == (2 if isinstance(x, TensorMask) else 3)
             done = (_masks if isinstance(x, TensorMask) else _images)(plain(x)[None] if alone else plain(x), steps)
             return type(x).cast(done[0] if alone else done)
-        for f in self.fs:
-            if f.split_idx is None or f.split_idx == split_idx: x = f._apply_one('encodes', x)
-        return x
+        return functools.reduce(lambda y, f: f._apply_one('encodes', y) if f.split_idx in (None, split_idx) else y, self.fs, x)
 
 def _pictures(x: Any) -> Iterator[torch.Tensor]:
     "The images and masks of a batch, as (n,...) tensors"
@@ -148,7 +162,7 @@ def _images(x: torch.Tensor, steps: list[Step]) -> torch.Tensor:
     "All steps on a batch of images; uint8 stays uint8 if no step makes it 0..1"
     size = functools.reduce(lambda size, step: step.out_size(size), steps, tuple(x.shape[-2:]))
     bytes_left = x.dtype == torch.uint8 and not any(step.to_float for step in steps)
-    out = x.new_empty((*x.shape[:2], *size), dtype=torch.uint8 if bytes_left else torch.float32)
+    out = new_batch((*x.shape[:2], *size), x, torch.uint8 if bytes_left else torch.float32)
     def _work(part: slice) -> None:
         px = Pixels(x[part])
         if bytes_left: px.linear(1 / 255)
@@ -166,8 +180,7 @@ def fuse_batch(
 ) -> Callable[..., Any]:      # one transform
     "One pass over the pixels for all of `fs`"
     if not any(f._encodes_images() for f in fs): return _Run(fs)
-    def _one_by_one(x: Any, split_idx: int | None = None) -> Any: return functools.reduce(lambda y, f: f(y, split_idx), fs, x)
-    return _one_by_one
+    return lambda x, split_idx=None: functools.reduce(lambda y, f: f(y, split_idx), fs, x)
 
 class BatchTransform(Transform):
     "A transform of batches of images, done in one pass with its neighbours"
@@ -270,7 +283,7 @@ class Normalize(BatchTransform):
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         "Mean and standard deviation, moved once"
-        if self.mean.device != device: self.mean, self.std = self.mean.to(device), self.std.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self.mean, self.std
 
     @classmethod

@@ -39,7 +39,7 @@ def draw_numbers(
     if draw is None: draw = default(count)
     elif callable(draw): draw = draw(x)
     values = torch.as_tensor(draw, dtype=torch.float64, device='cpu').flatten()[:n].expand(n)
-    return values if p >= 1 else torch.where(torch.rand(count) < p, values, torch.tensor(neutral, dtype=torch.float64))
+    return values if p >= 1 else torch.where(torch.rand(count) < p, values, neutral)
 
 def between(
     low: float,  # least number
@@ -88,10 +88,10 @@ class Sampling(Step):
         part: slice,           # which images
     ) -> torch.Tensor:         # (n,height,width,2)
         "Where each pixel comes from"
-        m = self.matrix[part, :, :, None, None]
         x, y = self._axis(size[1])[None], self._axis(size[0])[:, None]
-        planes = m.new_empty((2 if self.flat else 3, m.shape[0], *size))
-        for k, plane in enumerate(planes): torch.add(m[:, k, 0] * x, m[:, k, 1] * y + m[:, k, 2], out=plane)
+        rows = self.matrix[part].transpose(0, 1)[:2 if self.flat else 3, :, :, None, None]
+        planes = rows.new_empty((*rows.shape[:2], *size))
+        torch.add(rows[:, :, 0] * x, rows[:, :, 1] * y + rows[:, :, 2], out=planes)
         grid = (planes if self.flat else planes[:2].div_(planes[2])).permute(1, 2, 3, 0)
         for f in self.coord_fs: grid = f(grid)
         return grid
@@ -151,8 +151,8 @@ class AffineCoordTfm(BatchTransform, RandTransform):
         if split_idx: return None
         found = [torch.as_tensor(m).double().cpu() for m in (f(x) for f in self.aff_fs) if m is not None]
         if not found: return None
-        aspect = size[0] / size[1]
-        return _product(found) * torch.tensor([[1., aspect, 1.], [1 / aspect, 1., 1.], [1., 1., 1.]], dtype=torch.float64)
+        total, aspect = _product(found), size[0] / size[1]
+        return total if aspect == 1 else total * torch.tensor([[1., aspect, 1.], [1 / aspect, 1., 1.], [1., 1., 1.]], dtype=torch.float64)
 
     @classmethod
     def plan(cls, run: list[AffineCoordTfm], x: torch.Tensor, split_idx: int | None) -> list[Step]:
