@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import make_photos
+
 PROGRAM = '''
 from lamella.vision.all import *
 path = Path('photos')
@@ -28,7 +30,7 @@ load_learner('export.pkl').predict('photos/cat/1.jpg')
 '''
 
 
-def run_script(folder: Path, source: str, timeout: int = 500, **env: str) -> str:
+def run_script(folder: Path, source: str, timeout: int = 1500, **env: str) -> str:
     "Run a program in its own process and folder; its output"
     (folder/'program.py').write_text(textwrap.dedent(source), encoding='utf-8')
     done = subprocess.run([sys.executable, 'program.py'], cwd=folder, capture_output=True, text=True, timeout=timeout,
@@ -47,13 +49,14 @@ def torch_home(tmp_path):
     return tmp_path/'torch'
 
 
-def test_word_for_word(photos, torch_home):
+def test_word_for_word(tmp_path, torch_home):
     "Exactly the program of the README, with nothing changed"
-    out = run_script(photos.parent, PROGRAM, TORCH_HOME=str(torch_home))
+    make_photos(tmp_path/"photos", n=3)
+    out = run_script(tmp_path, PROGRAM, TORCH_HOME=str(torch_home))
     assert out.count('error_rate') == 2                       # a table for each phase of fine_tune
     rows = [line for line in out.splitlines() if line[:1].isdigit()]
     assert [line.split()[0] for line in rows] == ['0', '0', '1', '2', '3']
-    assert (photos.parent/'export.pkl').is_file()
+    assert (tmp_path/"export.pkl").is_file()
 
 
 SCRIPT = '''

@@ -100,7 +100,6 @@ class ClassificationInterpretation(Interpretation):
         ax.set_xticklabels(self.vocab, rotation=90)
         texts = [[f'{v:.{norm_dec}f}' for v in row] for row in shares] if normalize else counts
         if plot_txt: _write_numbers(ax, texts, shares)
-        ax.figure.tight_layout()
         return ax
 
 def _write_numbers(ax: Axes, texts: Any, shares: np.ndarray) -> None:

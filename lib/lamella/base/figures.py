@@ -29,7 +29,7 @@ def subplots(
     "A figure with a grid of axes, as large as its pictures need"
     import matplotlib.pyplot as plt
     if figsize is None: figsize = (ncols * imsize, nrows * imsize + (0.6 if suptitle else 0))
-    figure, axes = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False, **kwargs)
+    figure, axes = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False, **{'layout': 'constrained', **kwargs})
     if suptitle is not None: figure.suptitle(suptitle)
     return figure, axes
 
