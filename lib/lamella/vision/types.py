@@ -18,9 +18,9 @@ import torch
 from fastcore.foundation import L
 from PIL import Image
 
+from ..base.errors import add_context
 from ..base.figures import show_image
 from ..base.registry import register
-from ..data.pipeline import add_context
 from ..data.types import TensorBase, plain
 
 if TYPE_CHECKING:
