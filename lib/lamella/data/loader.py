@@ -119,7 +119,8 @@ class DataLoader:
         if workers == 0: return (reader[plan] for plan in plans)
         if self._torch_loader is None or not self._keeps_workers():
             self._torch_loader = TorchLoader(GuardedReader(reader), batch_size=None, sampler=_Plans(), num_workers=workers, collate_fn=_identity,
-                pin_memory=self._pins(), multiprocessing_context=start_method(), persistent_workers=self._keeps_workers())
+                pin_memory=self._pins(), generator=torch.Generator(), # PyTorch draws a seed each epoch: not from ours
+                multiprocessing_context=start_method(), persistent_workers=self._keeps_workers())
         self._torch_loader.sampler.plans = plans
         return iter(self._torch_loader)
 
