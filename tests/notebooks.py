@@ -13,8 +13,10 @@ NOTEBOOKS = TOP/'nbs'
 AT_ONCE = 2
 TIMEOUT = 1800 # seconds a notebook
 RUN = '''
-import sys
+import functools, sys
+import nbdev.test
 from nbdev.test import test_nb
+nbdev.test.CaptureShell = functools.partial(nbdev.test.CaptureShell, mpl_format='png') # small pictures, not retina ones
 path, save, force = sys.argv[1:]
 passed, seconds = test_nb(path, skip_flags=['slow'], force_flags=force.split(), save=save == 'save')
 sys.exit(not passed)

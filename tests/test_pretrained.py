@@ -99,3 +99,14 @@ def test_real_weights_beat_random_ones(imagenet, tmp_path):
             assert learn.predict(file).label == 'cat'
             assert torch.equal(load_learner(tmp_path/'model.pkl').predict(file)[2], learn.predict(file)[2])
     assert results['imagenet'] < 0.5 * results['scratch'], results
+
+
+def test_entries_of_torchvisions_enums(served_resnet18):
+    "fastai's way of choosing weights: weights=ResNet18_Weights.IMAGENET1K_V1"
+    from torchvision.models import ResNet18_Weights
+    body, _ = build_body(resnet18, weights=ResNet18_Weights.IMAGENET1K_V1)
+    assert torch.equal(body[0].weight, torch.load(served_resnet18, weights_only=True)['conv1.weight'])
+    served_resnet18.rename(served_resnet18.with_name('gone'))
+    import shutil, os
+    shutil.rmtree(os.environ['TORCH_HOME'])
+    with pytest.raises(ConnectionError, match='ResNet18_Weights.IMAGENET1K_V1 could not be loaded'): build_body(resnet18, weights=ResNet18_Weights.IMAGENET1K_V1)

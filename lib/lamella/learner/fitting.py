@@ -4,21 +4,23 @@
 
 # %% ../../../nbs/40_learner/01_fitting.ipynb #77b52652
 from __future__ import annotations
-from collections.abc import Callable, Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..base.nested import as_list
 from ..base.registry import checked_keywords
-from ..callbacks.lr_find import LRFinder, Snapshot, Suggestion, plot_lr_find, valley
+from ..callbacks.lr_find import LRFinder, Snapshot, plot_lr_find, valley
 from ..callbacks.progress import ProgressCallback
 from ..callbacks.schedule import ParamScheduler
 from ..loop.recorder import Recorder
 from ..loop.training import TrainingLoop
 from ..nets.groups import norm_params
-from ..optim.optimizer import Optimizer, OptimWrapper, spread
+from ..optim.optimizer import Optimizer, OptimWrapper
 from ..optim.schedules import combined_cos
 
 # %% auto #0
@@ -93,11 +95,12 @@ class Fitting(TrainingLoop):
         wd: float | None = None,   # weight decay; the learner's if not given
         cbs: Any = None,           # callbacks for this fit only
         reset_opt: bool = False,   # begin with a new optimizer
+        start_epoch: int = 0,      # skip the epochs before, as if they had been done
     ) -> None:
         "Train with a constant learning rate"
         with self.added_cbs(cbs):
             self._ready(lr, wd, reset_opt)
-            self.run_epochs(n_epoch)
+            self.run_epochs(n_epoch, start_epoch)
 
     @checked_keywords
     def fit_one_cycle(self,
@@ -110,13 +113,14 @@ class Fitting(TrainingLoop):
         moms: tuple[float, float, float] | None = None, # momentum at the beginning, at the top, at the end
         cbs: Any = None,             # callbacks for this fit only
         reset_opt: bool = False,     # begin with a new optimizer
+        start_epoch: int = 0,        # skip the epochs before, as if they had been done
     ) -> None:
         "Train with one cycle: the learning rate goes up and down again, the momentum down and up (Smith, 2018, arXiv:1803.09820)"
         self._ready(lr_max, wd, reset_opt)
         top = np.array([h['lr'] for h in self.opt.hypers])
         scheds = {'lr': combined_cos(pct_start, top / div, top, top / div_final)}
         if 'mom' in self.opt.hypers[0]: scheds['mom'] = combined_cos(pct_start, *(self.moms if moms is None else moms))
-        self.fit(n_epoch, lr=top, wd=wd, cbs=[ParamScheduler(scheds), *_as_cbs(cbs)])
+        self.fit(n_epoch, lr=top, wd=wd, cbs=[ParamScheduler(scheds), *as_list(cbs)], start_epoch=start_epoch)
 
     @checked_keywords
     def fine_tune(self,
@@ -155,9 +159,8 @@ class Fitting(TrainingLoop):
         try:
             with self.no_logging(): self.fit(num_it // max(1, len(self.dls.train)) + 1, cbs=LRFinder(start_lr, end_lr, num_it, stop_div))
         finally: before.restore()
-        funcs = suggest_funcs if isinstance(suggest_funcs, (list, tuple)) else [suggest_funcs]
         lrs, losses = self._search_result()
-        found = {f.__name__: f(lrs, losses) for f in funcs if f is not None}
+        found = {f.__name__: f(lrs, losses) for f in as_list(suggest_funcs)}
         if show_plot: plot_lr_find(lrs, losses, found)
         return _suggested_lrs({name: lr for name, (lr, _) in found.items()})
 
@@ -200,10 +203,6 @@ class Fitting(TrainingLoop):
         try: yield self
         finally: self.logger = before
 
-def _as_cbs(cbs: Any) -> list:
-    return [] if cbs is None else list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
-
 def _suggested_lrs(found: dict[str, float]) -> Any:
     "A named tuple, as fastai returns it"
-    from collections import namedtuple
     return namedtuple('SuggestedLRs', found)(**found)

@@ -123,10 +123,12 @@ class TrainingLoop:
     # ---- the stages
 
     def run_epochs(self,
-        n_epoch: int, # how many
+        n_epoch: int,         # how many
+        start_epoch: int = 0, # skip the ones before, as if they had been done
     ) -> None:
         "Train, and validate after each epoch"
-        self.n_epoch, self.train_iter, self.pct_train = n_epoch, 0, 0.
+        self.n_epoch, self._start_epoch = n_epoch, start_epoch
+        self.train_iter, self.pct_train = start_epoch * len(self.dls.train), start_epoch / n_epoch if n_epoch else 0.
         self.loss, self.pred = None, None
         try: self._stage('fit', CancelFitException, self._all_epochs)
         finally:
@@ -134,7 +136,7 @@ class TrainingLoop:
             self.xb, self.yb, self.pred, self.loss_grad = (), (), None, None
 
     def _all_epochs(self) -> None:
-        for self.epoch in range(self.n_epoch): self._stage('epoch', CancelEpochException, self._one_epoch)
+        for self.epoch in range(self._start_epoch, self.n_epoch): self._stage('epoch', CancelEpochException, self._one_epoch)
 
     def _one_epoch(self) -> None:
         self.run_train()

@@ -72,7 +72,7 @@ class LightingTfm(BatchTransform, RandTransform):
         numbers: dict[str, torch.Tensor], # 'contrast', 'brightness' and 'saturation' so far; changed
     ) -> None:
         "Draw, and add this change to those before"
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has to say how it changes the light: define change(self, x, numbers)")
 
     @classmethod
     def plan(cls, run: list[LightingTfm], x: torch.Tensor, split_idx: int | None) -> list[Step]:

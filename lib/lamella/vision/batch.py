@@ -193,7 +193,7 @@ class BatchTransform(Transform):
         split_idx: int | None,  # 0: training, 1: validation
     ) -> list[Step]:            # what to do
         "Draw the parameters, and say what is to be done"
-        raise NotImplementedError(f'{cls.__name__} is a BatchTransform without a plan')
+        raise TypeError(f'{cls.__name__} has to say what it does to a batch: define plan(cls, run, x, split_idx)')
 
     def _encodes_images(self) -> bool:
         "Has somebody added an `encodes` for images or masks?"

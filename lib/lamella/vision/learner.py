@@ -27,7 +27,7 @@ def vision_learner(
     normalize: bool = True,                        # normalise as the pretrained weights expect it
     n_out: int | None = None,                      # outputs; as many as the data needs if not given
     pretrained: bool = True,                       # with the library's weights
-    weights: Any = None,                           # a file with weights of the whole network, or a state dict, in place of the library's
+    weights: Any = None,                           # a file, a state dict or an entry of torchvision's enums, in place of the library's default
     loss_func: Callable[..., Any] | None = None,   # that of the data's task if not given
     opt_func: Any = Adam,                          # makes an optimizer of parameter groups
     lr: Any = 1e-3,                                # learning rate where none is given
@@ -47,6 +47,7 @@ def vision_learner(
     lin_ftrs: list[int] | None = None,             # sizes of the layers of the head; [512] if not given
     ps: float | list[float] = 0.5,                 # dropout of the head
     concat_pool: bool = True,                      # largest and average value, or average only
+    pool: bool = True,                             # begin the head with pooling
     first_bn: bool = True,                         # batch norm before the first linear layer
     bn_final: bool = False,                        # batch norm after the last one
     lin_first: bool = False,                       # linear layer before batch norm and dropout
@@ -55,7 +56,7 @@ def vision_learner(
     "A learner with a pretrained body and a new head"
     n_out = n_out if n_out is not None else dls.c
     if not n_out: raise ValueError('the number of outputs cannot be told from the data: give n_out=...')
-    model = create_vision_model(arch, n_out, pretrained, weights, n_in, cut, custom_head, init, lin_ftrs, ps, concat_pool, first_bn, bn_final, lin_first, y_range)
+    model = create_vision_model(arch, n_out, pretrained, weights, n_in, cut, custom_head, init, lin_ftrs, ps, concat_pool, pool, first_bn, bn_final, lin_first, y_range)
     has_weights = pretrained or weights is not None
     if normalize and has_weights: add_normalization(dls, arch, n_in)
     learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)

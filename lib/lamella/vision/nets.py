@@ -4,16 +4,15 @@
 
 # %% ../../../nbs/60_vision/06_nets.ipynb #29050328
 from __future__ import annotations
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.registry import did_you_mean, name_of, register
+from ..base.registry import did_you_mean, register
 from ..nets.body import create_body, create_head, default_split, evaluating, num_features_model
 from ..nets.groups import children_groups
 from ..nets.layers import apply_init
@@ -43,8 +42,7 @@ class Architecture:
         try: return self._build(pretrained, kwargs)
         except Exception as error:
             if not pretrained: raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConnectionError(f"the pretrained weights of {self.name} could not be loaded ({reason}): give a file with weights='...', or pretrained=False") from error
+            raise _not_loaded(self.name, error) from error
 
     def _build(self, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         if self.library == 'timm':
@@ -152,7 +150,7 @@ def adapt_channels(
 def build_body(
     arch: Any,                         # what `find_architecture` takes, or a function `arch(pretrained)`
     pretrained: bool = False,          # with the library's weights
-    weights: str | os.PathLike | Mapping[str, torch.Tensor] | None = None, # a file with weights of the whole network, or a state dict
+    weights: Any = None,               # a file with weights of the whole network, a state dict, or an entry of torchvision's enums
     n_in: int = 3,                     # channels of the images
     cut: int | Callable | None = None, # where to cut; found if not given
 ) -> tuple[nn.Module, int]:            # the body, and how many features it returns
@@ -160,7 +158,7 @@ def build_body(
     found = find_architecture(arch)
     options = {'num_classes': 0, 'in_chans': n_in} if found is not None and found.library == 'timm' else {}
     model = (arch if found is None else found)(pretrained and weights is None, **options)
-    if weights is not None: load_weights(model, weights, ignore=_classifier_names(model))
+    if weights is not None: load_weights(model, _state_of(weights), ignore=_CLASSIFIERS)
     if found is not None and found.library == 'timm': return _timm_body(model) if cut is None else _cut(model, cut)
     if n_in != 3: adapt_channels(model, n_in)
     return _torchvision_body(model) if cut is None else _cut(model, cut)
@@ -169,9 +167,18 @@ def _cut(model: nn.Module, cut: int | Callable) -> tuple[nn.Module, int]:
     body = create_body(model, cut)
     return body, num_features_model(body)
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    "Beginnings of the names of weights that the new head replaces"
-    return ('fc.', 'classifier.', 'head.fc.', 'heads.', 'head.', 'AuxLogits.', 'aux1.', 'aux2.')
+_CLASSIFIERS = ('fc.', 'classifier.', 'head.fc.', 'heads.', 'head.', 'AuxLogits.', 'aux1.', 'aux2.') # replaced by the new head
+
+def _state_of(weights: Any) -> Any:
+    "The state dict behind an entry of torchvision's enums, such as `ResNet34_Weights.IMAGENET1K_V1`; others as they are"
+    if not isinstance(weights, Enum): return weights
+    try: return weights.get_state_dict(progress=True, check_hash=True)
+    except Exception as error: raise _not_loaded(str(weights), error) from error
+
+def _not_loaded(name: str, error: Exception) -> ConnectionError:
+    "One line that says what to do"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ConnectionError(f"the pretrained weights of {name} could not be loaded ({reason}): give a file with weights='...', or pretrained=False")
 
 def create_vision_model(
     arch: Any,                                     # what `find_architecture` takes, or a function `arch(pretrained)`
@@ -185,6 +192,7 @@ def create_vision_model(
     lin_ftrs: list[int] | None = None,             # sizes of the layers of the head; [512] if not given
     ps: float | list[float] = 0.5,                 # dropout of the head
     concat_pool: bool = True,                      # largest and average value, or average only
+    pool: bool = True,                             # begin the head with pooling
     first_bn: bool = True,                         # batch norm before the first linear layer
     bn_final: bool = False,                        # batch norm after the last one
     lin_first: bool = False,                       # linear layer before batch norm and dropout
@@ -192,14 +200,14 @@ def create_vision_model(
 ) -> nn.Sequential:                                # body and head
     "A body with a new head; it remembers how it was built, so that a file can say it"
     body, n_features = build_body(arch, pretrained, weights, n_in, cut)
-    pools = not isinstance(body, FeatureVector) and not getattr(body, 'pooled', False)
+    pools = pool and not isinstance(body, FeatureVector) and not getattr(body, 'pooled', False)
     head_args = dict(lin_ftrs=lin_ftrs, ps=ps, concat_pool=concat_pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     head = create_head(n_features, n_out, pool=pools, **head_args) if custom_head is None else custom_head
     model = nn.Sequential(body, head)
     if init is not None and custom_head is None: apply_init(head, init)
     found = find_architecture(arch)
     if found is not None and custom_head is None and not callable(cut):
-        model.built_by = (rebuild_vision_model, dict(arch=str(found), n_out=n_out, n_in=n_in, cut=cut, **head_args))
+        model.built_by = (rebuild_vision_model, dict(arch=str(found), n_out=n_out, n_in=n_in, cut=cut, pool=pool, **head_args))
     return model
 
 @register
@@ -211,7 +219,7 @@ def rebuild_vision_model(
     **head_args: Any,    # arguments of `create_head`
 ) -> nn.Sequential:      # body and head, with random weights
     "What an exported file names: the same network, without weights, which come from the file; nothing is downloaded"
-    unknown = head_args.keys() - {'lin_ftrs', 'ps', 'concat_pool', 'first_bn', 'bn_final', 'lin_first', 'y_range'}
+    unknown = head_args.keys() - {'pool', 'lin_ftrs', 'ps', 'concat_pool', 'first_bn', 'bn_final', 'lin_first', 'y_range'}
     if unknown: raise TypeError(f'a head has no argument {sorted(unknown)}')
     return create_vision_model(arch, n_out, n_in=n_in, cut=cut, **head_args)
 
