@@ -13,7 +13,7 @@ from typing import Any
 from ..loop.callback import Callback
 
 # %% auto #0
-__all__ = ['cell_text', 'TextTable', 'NotebookTable', 'in_notebook', 'make_table', 'ProgressCallback']
+__all__ = ['cell_text', 'TextTable', 'NotebookTable', 'notebook_kind', 'make_table', 'ProgressCallback']
 
 # %% ../../../nbs/30_callbacks/00_progress.ipynb #3fdbe325
 def cell_text(
@@ -66,10 +66,11 @@ class NotebookTable:
     def __init__(self,
         names: list[str], # headings
         bar: bool,        # with a bar below
+        live: bool = True, # the notebook can replace what it shows; otherwise the table is shown once, when it is complete
     ):
         from IPython.display import HTML, display
-        self._html, self.names, self.rows, self.has_bar = HTML, names, [], bar
-        self._handle = display(HTML(self.html()), display_id=True)
+        self._html, self._display, self.names, self.rows, self.has_bar = HTML, display, names, [], bar and live
+        self._handle = display(HTML(self.html()), display_id=True) if live else None
 
     def html(self,
         bar: str = '', # the bar's HTML
@@ -78,12 +79,15 @@ class NotebookTable:
         row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(cell_text(o))}</{tag}>' for o in cells) + '</tr>'
         return f"<table><thead>{row(self.names, 'th')}</thead><tbody>{''.join(row(o, 'td') for o in self.rows)}</tbody></table>{bar}"
 
+    def _replace(self, text: str) -> None:
+        if self._handle is not None: self._handle.update(self._html(text))
+
     def line(self,
         cells: list[Any], # entries of a row
     ) -> None:
         "Add one row"
         self.rows.append(cells)
-        self._handle.update(self._html(self.html()))
+        self._replace(self.html())
 
     def update(self,
         done: int,  # batches
@@ -91,23 +95,26 @@ class NotebookTable:
         note: str,  # written behind the bar
     ) -> None:
         "Move the bar"
-        if self.has_bar: self._handle.update(self._html(self.html(f"<progress value='{done}' max='{total}'></progress> {done}/{total} {html.escape(note)}")))
+        if self.has_bar: self._replace(self.html(f"<progress value='{done}' max='{total}'></progress> {done}/{total} {html.escape(note)}"))
 
     def close(self) -> None:
         "Take the bar away"
-        self._handle.update(self._html(self.html()))
+        if self._handle is None and self.rows: self._display(self._html(self.html()))
+        self._replace(self.html())
 
-def in_notebook() -> bool: # no for a terminal, also that of IPython
-    "Is the output shown by a notebook?"
-    try: from IPython import get_ipython
-    except ImportError: return False
-    return 'IPython' in sys.modules and type(get_ipython()).__name__ in ('ZMQInteractiveShell', 'CaptureShell')
+def notebook_kind() -> str | None: # name of the shell's class; `None` outside of notebooks, also in a terminal's IPython
+    "The kind of notebook that shows the output"
+    if 'IPython' not in sys.modules: return None
+    from IPython import get_ipython
+    kind = type(get_ipython()).__name__
+    return kind if kind in ('ZMQInteractiveShell', 'CaptureShell') else None
 
 def make_table(
     names: list[str], # headings; none for a bar alone
 ) -> TextTable | NotebookTable: # a table
     "The kind of table that suits where the output goes"
-    if in_notebook(): return NotebookTable(names, bar=True)
+    kind = notebook_kind()
+    if kind is not None: return NotebookTable(names, bar=True, live=kind == 'ZMQInteractiveShell')
     return TextTable(names, bar=sys.stdout.isatty())
 
 # %% ../../../nbs/30_callbacks/00_progress.ipynb #7a8513e6
