@@ -87,9 +87,9 @@ class ClassificationInterpretation(Interpretation):
         normalize: bool = False,                   # shares of each target instead of counts
         title: str = 'Confusion matrix',           # title
         cmap: str = 'Blues',                       # colour map
-        figsize: tuple[float, float] | None = None, # inches
-        plot_txt: bool = True,                     # write the numbers
         norm_dec: int = 2,                         # digits after the point, for shares
+        plot_txt: bool = True,                     # write the numbers
+        figsize: tuple[float, float] | None = None, # inches
     ) -> Axes:                                     # the axes drawn on
         "Draw the confusion matrix"
         counts, n = self.confusion_matrix(), len(self.vocab)

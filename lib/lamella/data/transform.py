@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..base.nested import as_list
-from ..base.registry import register
+from ..base.registry import did_you_mean, register
 from .labels import function_name
 
 # %% auto #0
@@ -86,10 +86,21 @@ class _TransformMeta(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and getattr(args[0], '__name__', None) in _VERBS: return cls._add_verb(args[0])
-        made = super().__call__(*args, **kwargs)
+        try: made = super().__call__(*args, **kwargs)
+        except TypeError as error: raise cls._with_right_name(error, kwargs)
         arguments = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
         made.init_args = {k: v for k, v in arguments.items() if k != 'self'}
         return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature: # what an editor shows
+        return inspect.Signature(list(inspect.signature(cls.__init__).parameters.values())[1:])
+
+    def _with_right_name(cls, error: TypeError, kwargs: dict[str, Any]) -> TypeError:
+        "The error of a misspelt keyword, with the right one; any other as it is"
+        names = list(cls.__signature__.parameters)
+        unknown = [o for o in kwargs if o not in names]
+        return TypeError(f"{cls.__name__}() got an unexpected keyword argument '{unknown[0]}'.{did_you_mean(unknown[0], names)}") if unknown else error
 
     def _add_verb(cls, func: Callable) -> Callable:
         "`@Normalize` above a function `encodes` teaches the transform another type"

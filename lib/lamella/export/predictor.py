@@ -56,6 +56,7 @@ def load_learner(
     cpu: bool | None = None,                         # fastai's argument: `False` for the best device
 ) -> Predictor:                                      # ready to predict
     "Load an exported learner; nothing in the file is executed, unless it is trusted"
+    if isinstance(device, bool): device, cpu = None, device # fastai's second argument is `cpu`
     if device is None: device = 'cuda' if cpu is False and torch.cuda.is_available() else 'cpu'
     members = read_bundle(fname, EXPORT_MEMBERS)
     spec = _read_spec(Path(fname), members)

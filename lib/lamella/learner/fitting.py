@@ -134,9 +134,11 @@ class Fitting(TrainingLoop):
         wd: float | None = None,   # weight decay; the learner's if not given
         moms: tuple[float, float, float] | None = None, # momentum at the beginning, at the top, at the end
         cbs: Any = None,           # callbacks for both phases
+        reset_opt: bool = False,   # begin each phase with a new optimizer
+        start_epoch: int = 0,      # skip the epochs before, in both phases
     ) -> None:
         "Train the head for `freeze_epochs`, then everything for `epochs`, the first layers slowest"
-        shared = dict(wd=wd, moms=moms, cbs=cbs, div_final=div_final)
+        shared = dict(wd=wd, moms=moms, cbs=cbs, div_final=div_final, reset_opt=reset_opt, start_epoch=start_epoch)
         self.freeze()
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **shared)
         base_lr /= 2

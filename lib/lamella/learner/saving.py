@@ -86,6 +86,7 @@ class Saving(Fitting):
 
     def load(self,
         file: str | os.PathLike,      # a name, or a path
+        device: Any = None,           # where the model goes; it stays where it is if not given
         with_opt: bool = True,        # the state of the optimizer, too, if it is there
         strict: bool = True,          # all weights have to fit
     ) -> Saving:                      # itself
@@ -95,6 +96,7 @@ class Saving(Fitting):
         state = torch.load(source, map_location='cpu', weights_only=True)
         if strict: self.model.load_state_dict(state['model'])
         else: load_weights(self.model, state['model'])
+        if device is not None: self.model.to(device)
         if with_opt and 'opt' in state:
             if self.opt is None: self.create_opt()
             self.opt.load_state_dict(state['opt'])

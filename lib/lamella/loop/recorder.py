@@ -131,6 +131,7 @@ class Recorder(Callback):
         skip_start: int = 5,     # leave out the first steps
         with_valid: bool = True, # the validation loss of each epoch, too
         log: bool = False,       # logarithmic losses
+        show_epochs: bool = False, # a line at the end of each epoch
         ax: Axes | None = None,  # where to draw
     ) -> Axes:                   # the axes drawn on
         "Training and validation loss over the steps"
@@ -140,6 +141,7 @@ class Recorder(Callback):
             column = self.metric_names.index('valid_loss') - 1
             points = [(i, row[column]) for i, row in zip(self.iters, self.values) if len(row) > column]
             ax.plot(*zip(*points), '-o', label='valid')
+        for i in self.iters if show_epochs else (): ax.axvline(i, color='lightgrey', zorder=0)
         ax.set(xlabel='step', ylabel='loss', yscale='log' if log else 'linear')
         ax.legend()
         return ax

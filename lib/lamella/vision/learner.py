@@ -54,14 +54,18 @@ def vision_learner(
     y_range: tuple[float, float] | None = None,    # squeeze the outputs into this range
 ) -> Learner:                                      # frozen up to the head, if there are pretrained weights
     "A learner with a pretrained body and a new head"
-    n_out = n_out if n_out is not None else dls.c
-    if not n_out: raise ValueError('the number of outputs cannot be told from the data: give n_out=...')
-    model = create_vision_model(arch, n_out, pretrained, weights, n_in, cut, custom_head, init, lin_ftrs, ps, concat_pool, pool, first_bn, bn_final, lin_first, y_range)
+    model = create_vision_model(arch, _outputs(dls, n_out), pretrained, weights, n_in, cut, custom_head, init, lin_ftrs, ps, concat_pool, pool, first_bn, bn_final, lin_first, y_range)
     has_weights = pretrained or weights is not None
     if normalize and has_weights: add_normalization(dls, arch, n_in)
     learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
     if has_weights: learn.freeze()
     return learn
+
+def _outputs(dls: Any, n_out: int | None) -> int:
+    "How many outputs the model needs"
+    n_out = dls.c if n_out is None else n_out
+    if not n_out: raise ValueError('the number of outputs cannot be told from the data: give n_out=...')
+    return n_out
 
 def add_normalization(
     dls: Any,  # loaders; changed
