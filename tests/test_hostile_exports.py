@@ -111,3 +111,59 @@ def test_specs_that_lie(exported, tmp_path, change, match):
 def test_members_outside_the_folder(exported, tmp_path):
     with pytest.raises(BundleError, match='do not belong'): load_learner(changed(exported, tmp_path, **{'../evil.py': b'1'}))
     assert not (tmp_path.parent/'evil.py').exists()
+
+
+def test_objects_that_can_be_called_while_a_pickle_is_read(exported, tmp_path):
+    "Registered getters as getattr and [], a chain of them to os.system: found in a review of the first version"
+    from safetensors.torch import save
+    marker = tmp_path/'ran'
+    def text(o): return b'\x8c' + bytes([len(o)]) + o.encode()
+    def name(module, o): return text(module) + text(o) + b'\x93'
+    def call(f, *args): return f + b'(' + b''.join(args) + b'tR'
+    labels = 'lamella.data.labels'
+    def attribute(o, n): return call(call(name(labels, 'AttrGetter'), text(n)), o)
+    def item(o, k): return call(call(name(labels, 'ItemGetter'), text(k)), o)
+    system = attribute(item(attribute(attribute(name(labels, 'RegexLabeller'), '__init__'), '__globals__'), 'os'), 'system')
+    attack = b'\x80\x04(' + call(system, text(f'touch {marker}')) + b'l.'
+    file = changed(exported, tmp_path, **{'objects.pkl': attack, 'objects.safetensors': save({})})
+    with pytest.raises(UntrustedError): load_learner(file)
+    assert not marker.exists()
+
+
+def test_classes_that_would_be_changed_for_the_whole_process(exported, tmp_path):
+    from safetensors.torch import save
+    from lamella.data.transform import Transform
+    before = Transform.__call__
+    def text(o): return b'\x8c' + bytes([len(o)]) + o.encode()
+    for module, kind in (('lamella.data.transform', 'Transform'), ('torch.nn.modules.activation', 'ReLU')):
+        attack = b'\x80\x04(' + text(module) + text(kind) + b'\x93' + b'N}' + text('name') + text('patched') + b's\x86b' + b'l.'
+        file = changed(exported, tmp_path, **{'objects.pkl': attack, 'objects.safetensors': save({})})
+        with pytest.raises(UntrustedError): load_learner(file)
+    assert Transform.__call__ is before and getattr(torch.nn.ReLU, 'name', None) != 'patched'
+
+
+def test_a_model_that_was_changed_after_it_was_built(exported, tmp_path):
+    "The file holds the model as it is, not as its builder would make it"
+    from lamella.vision.all import ImageDataLoaders, Resize, vision_learner
+    photos = exported[0].parent/'photos'
+    dls = ImageDataLoaders.from_folder(photos, valid_pct=0.25, seed=1, item_tfms=Resize(32), bs=2, num_workers=0, device='cpu')
+    learn = vision_learner(dls, 'test_resnet', pretrained=False)
+    place = next(i for i, layer in enumerate(learn.model[1]) if isinstance(layer, torch.nn.ReLU))
+    learn.model[1][place] = torch.nn.Tanh()
+    file = learn.export(tmp_path/'model.pkl')
+    with pytest.raises(UntrustedError): load_learner(file)
+    picture = photos/'cat'/'1.jpg'
+    assert torch.equal(load_learner(file, trust=True).predict(picture)[2], learn.predict(picture)[2])
+
+
+def test_labels_that_are_numpy_numbers(tmp_path):
+    import pandas as pd
+    from conftest import make_photos
+    from lamella.vision.all import ImageDataLoaders, Resize, vision_learner
+    photos = make_photos(tmp_path/'photos', n=4)
+    names = [f'{k}/{i}.jpg' for k in ('cat', 'dog') for i in range(1, 5)]
+    table = pd.DataFrame({'name': names, 'label': [0] * 4 + [1] * 4})
+    dls = ImageDataLoaders.from_df(table, photos, valid_pct=0.25, seed=1, item_tfms=Resize(32), bs=2, num_workers=0, device='cpu')
+    learn = vision_learner(dls, 'test_resnet', pretrained=False)
+    assert load_learner(learn.export(tmp_path/'model.pkl')).vocab == [0, 1]
+    assert load_learner(tmp_path/'model.pkl').predict(photos/'cat'/'1.jpg').label == learn.predict(table.iloc[0]).label

@@ -90,11 +90,12 @@ class ClassificationInterpretation(Interpretation):
         norm_dec: int = 2,                         # digits after the point, for shares
         plot_txt: bool = True,                     # write the numbers
         figsize: tuple[float, float] | None = None, # inches
+        **kwargs: Any,                             # passed on to `subplots`, such as `dpi`
     ) -> Axes:                                     # the axes drawn on
         "Draw the confusion matrix"
         counts, n = self.confusion_matrix(), len(self.vocab)
         shares = counts / counts.sum(1, keepdims=True).clip(1)
-        ax = subplots(figsize=figsize or (2 + n * 0.5,) * 2)[1][0, 0]
+        ax = subplots(figsize=figsize or (2 + n * 0.5,) * 2, **kwargs)[1][0, 0]
         ax.imshow(shares if normalize else counts, cmap=cmap)
         ax.set(title=title, xlabel='prediction', ylabel='target', xticks=range(n), yticks=range(n), yticklabels=self.vocab)
         ax.set_xticklabels(self.vocab, rotation=90)

@@ -98,8 +98,8 @@ class BCEWithLogitsLossFlat(BaseLoss):
         reduction: str = 'mean',                # 'mean', 'sum' or 'none'
     ):
         super().__init__(axis, reduction)
-        self.register_buffer('weight', weight)
-        self.register_buffer('pos_weight', pos_weight)
+        self.register_buffer('weight', None if weight is None else torch.as_tensor(weight, dtype=torch.float32))
+        self.register_buffer('pos_weight', None if pos_weight is None else torch.as_tensor(pos_weight, dtype=torch.float32))
         self.thresh = thresh
 
     def forward(self,

@@ -10,11 +10,8 @@ import io
 import pickle
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-
-from .registry import is_registered
 
 # %% auto #0
 __all__ = ['UntrustedError', 'dump_objects', 'load_objects']
@@ -23,8 +20,9 @@ __all__ = ['UntrustedError', 'dump_objects', 'load_objects']
 class UntrustedError(pickle.UnpicklingError):
     "A file names something that would be code from somebody else"
 
-_BUILTIN = {'builtins': {'list', 'dict', 'set', 'frozenset', 'tuple', 'int', 'float', 'complex', 'bool', 'str', 'bytes', 'bytearray', 'slice', 'range'},
-            'collections': {'OrderedDict', 'deque'}, 'torch': {'Size', 'device', 'dtype'}}
+_BUILTIN = {'builtins': {'list', 'dict', 'set', 'frozenset', 'tuple', 'int', 'float', 'complex', 'bool', 'str', 'bytes', 'bytearray'},
+            'collections': {'OrderedDict', 'deque'}, 'torch': {'Size', 'device'}}
+_CALLABLE = {set, frozenset, complex, bytearray, collections.OrderedDict, collections.deque, torch.Size, torch.device} # what a pickle may call
 
 class _Pickler(pickle.Pickler):
     "Puts tensors aside"
@@ -37,11 +35,9 @@ class _Pickler(pickle.Pickler):
         self.tensors.append(obj.detach())
         return len(self.tensors) - 1, isinstance(obj, nn.Parameter), obj.requires_grad
 
-class _Unpickler(pickle.Unpickler):
-    "Finds only what is on the list, or everything if trusted"
-    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor], trust: bool):
-        super().__init__(file)
-        self.tensors, self.trust = tensors, trust
+class _Tensors:
+    "Puts the tensors back"
+    tensors: list[torch.Tensor]
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         index, is_parameter, requires_grad = pid
@@ -49,25 +45,56 @@ class _Unpickler(pickle.Unpickler):
         tensor = self.tensors[index].clone()
         return nn.Parameter(tensor, requires_grad=bool(requires_grad)) if is_parameter else tensor
 
+class _TrustingUnpickler(_Tensors, pickle.Unpickler):
+    "Runs what the pickle says"
     def find_class(self, module: str, name: str) -> Any:
-        if self.trust: return self._trusted(module, name)
-        found = _known(module, name)
-        if found is not None: return found
-        raise UntrustedError(f"the file names '{module}.{name}', which would run code that is not lamella's; load_learner(..., trust=True) does it, if you trust where the file comes from")
-
-    def _trusted(self, module: str, name: str) -> Any:
         try: return super().find_class(module, name)
         except (ImportError, AttributeError) as error:
             raise pickle.UnpicklingError(f"the file needs '{module}.{name}', which is not here: {error}. Import the code that it was exported with first") from error
 
+class _CarefulUnpickler(_Tensors, pickle._Unpickler): # the one written in Python: each of its steps can be checked
+    "Finds only classes that are on the list, calls only plain containers, and sets only the attributes of layers"
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = _known(module, name)
+        return _refuse(f"'{module}.{name}'") if found is None else found
+
+    def _reduce(self) -> None:
+        if not any(self.stack[-2] is o for o in _CALLABLE): _refuse(f'a call of {_name(self.stack[-2])}')
+        pickle._Unpickler.load_reduce(self)
+
+    def _newobj(self) -> None:
+        if not _is_layer(self.stack[-2]) and not any(self.stack[-2] is o for o in _CALLABLE): _refuse(f'a new {_name(self.stack[-2])}')
+        pickle._Unpickler.load_newobj(self)
+
+    def _build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not _is_layer(type(target)) or type(state) is not dict or not all(type(k) is str for k in state): _refuse(f'changed attributes of {type(target).__name__}')
+        target.__dict__.update(state)
+
+    def _never(self) -> None: _refuse('a step that layers do not need')
+
+    dispatch.update({pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build})
+    dispatch.update(dict.fromkeys(b''.join([pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST, pickle.EXT1, pickle.EXT2, pickle.EXT4]), _never))
+
+def _name(obj: Any) -> str:
+    "What to call something that may not even be complete enough to show itself"
+    return obj.__name__ if isinstance(obj, type) else f'an object of class {type(obj).__name__}'
+
+def _is_layer(kind: Any) -> bool:
+    "A class of layers of `torch.nn`"
+    return isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.startswith('torch.nn.modules.')
+
+def _refuse(what: str) -> Any:
+    raise UntrustedError(f"the file names {what}, which would run code that is not lamella's; load_learner(..., trust=True) does it, if you trust where the file comes from")
+
 def _known(module: str, name: str) -> Any:
-    "The class, if it is on the list: plain containers, layers of torch.nn, numbers of numpy, registered classes of lamella"
+    "The class, if it is on the list: plain containers and the layers of torch.nn"
     if name in _BUILTIN.get(module, ()): return getattr(importlib.import_module(module), name)
-    if '.' in name or not (module.startswith('torch.nn.modules.') or module.split('.')[0] == 'lamella' or module == 'numpy'): return None
+    if '.' in name or not module.startswith('torch.nn.modules.'): return None
     found = getattr(importlib.import_module(module), name, None)
-    if module == 'numpy': return found if isinstance(found, type) and issubclass(found, np.generic) else None
-    if module.startswith('torch.nn.modules.'): return found if isinstance(found, type) and issubclass(found, nn.Module) else None
-    return found if isinstance(found, type) and is_registered(found) else None
+    return found if _is_layer(found) else None
 
 def dump_objects(
     objects: list[Any], # anything that can be pickled
@@ -87,7 +114,9 @@ def load_objects(
     trust: bool = False,         # run what the pickle names, whatever it is
 ) -> list[Any]:                  # the objects
     "Read objects back; `UntrustedError` if they need a class that is not on the list"
-    try: objects = _Unpickler(io.BytesIO(data), tensors, trust).load()
+    reader = (_TrustingUnpickler if trust else _CarefulUnpickler)(io.BytesIO(data))
+    reader.tensors = tensors
+    try: objects = reader.load()
     except pickle.UnpicklingError: raise
     except Exception as error: raise pickle.UnpicklingError(f'the objects in the file cannot be read: {type(error).__name__}: {error}') from error
     if isinstance(objects, list): return objects

@@ -8,6 +8,7 @@ import math
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 
 from .registry import is_registered, name_of, registered
@@ -22,6 +23,7 @@ def describe(
 ) -> Any:                      # values that JSON knows
     "Describe `obj` by names and arguments; `TypeError` if something in it has no name and `objects` is `None`"
     if obj is None or isinstance(obj, (bool, int, str)) and type(obj) in (bool, int, str): return obj
+    if isinstance(obj, np.generic): return describe(obj.item(), objects)
     if isinstance(obj, float): return float(obj) if math.isfinite(obj) else {'$float': repr(float(obj))}
     if type(obj) is list or isinstance(obj, list) and not is_registered(type(obj)): return [describe(o, objects) for o in obj]
     if type(obj) is tuple: return {'$tuple': [describe(o, objects) for o in obj]}

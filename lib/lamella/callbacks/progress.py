@@ -54,7 +54,7 @@ class TextTable:
     def _new_bar(self, total: int) -> None:
         from tqdm import tqdm
         self.close()
-        self.bar = tqdm(total=total, leave=False, file=sys.stdout, bar_format='{l_bar}{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}')
+        self.bar = tqdm(total=total, leave=False, file=sys.stdout, bar_format='{l_bar}{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
 
     def close(self) -> None:
         "Take the bar away"
@@ -124,13 +124,13 @@ class ProgressCallback(Callback):
 
     def __init__(self,
         every: float = 0.1, # seconds between two moves of the bar
-    ): self.every, self.table = every, None
+    ): self.every, self.table, self._logger = every, None, None
 
     def before_fit(self) -> None:
-        self._logger, self._next = self.learn.logger, 0.
-        silent = getattr(self._logger, '__name__', '') == 'ignore_row'
-        if not silent: self.learn.logger = self._row
+        logger, self._next = self.learn.logger, 0.
+        silent = getattr(logger, '__name__', '') == 'ignore_row'
         self.table = make_table([] if silent else self.learn.recorder.metric_names)
+        if not silent: self._logger, self.learn.logger = logger, self._row
 
     def _row(self, cells: list[Any]) -> None: self.table.line(cells)
 
@@ -144,4 +144,5 @@ class ProgressCallback(Callback):
 
     def cleanup_fit(self) -> None:
         if self.table is not None: self.table.close()
-        self.table, self.learn.logger = None, self._logger
+        if self._logger is not None: self.learn.logger = self._logger
+        self.table, self._logger = None, None

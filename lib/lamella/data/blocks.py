@@ -31,6 +31,10 @@ class CategoryMap(list):
         self.o2i = {o: i for i, o in enumerate(self)}
         self.add_na = add_na
 
+    def __getitem__(self, i: Any) -> Any: # a class, or the classes of a list, array or tensor of numbers
+        several = isinstance(i, list) or getattr(i, 'ndim', 0) > 0
+        return self.map_ids(i) if several else super().__getitem__(i)
+
     def map_objs(self,
         objs: Iterable[Any], # classes
     ) -> list[int]:          # their numbers

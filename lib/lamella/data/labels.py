@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..base.nested import as_list
-from ..base.registry import register
 
 # %% auto #0
-__all__ = ['parent_label', 'RegexLabeller', 'ColReader', 'ItemGetter', 'AttrGetter', 'function_name']
+__all__ = ['parent_label', 'RegexLabeller', 'using_attr', 'ColReader', 'ItemGetter', 'AttrGetter', 'function_name']
 
 # %% ../../../nbs/10_data/01_labels.ipynb #e2dfa373
-@register
 def parent_label(
     o: str | os.PathLike, # path of a file
 ) -> str:                 # name of the folder it is in
     "Label an item with the name of its folder"
     return Path(o).parent.name
 
-@register
 class RegexLabeller:
     "Label an item with the first group of a regular expression that is found in its path"
     def __init__(self,
@@ -40,8 +37,17 @@ class RegexLabeller:
         if not found: raise ValueError(f"the regular expression {self.pat!r} finds nothing in '{path}'")
         return found.group(1)
 
+# %% ../../../nbs/10_data/01_labels.ipynb #5e59a884
+class using_attr:
+    "A function of an attribute of an item, such as the name of a path"
+    def __init__(self,
+        f: Callable[[Any], Any], # the function
+        attr: str,               # name of the attribute
+    ): self.f, self.attr = f, attr
+
+    def __call__(self, o: Any) -> Any: return self.f(getattr(o, self.attr))
+
 # %% ../../../nbs/10_data/01_labels.ipynb #7055ebfc
-@register
 class ColReader:
     "Read one or several columns of a row, with a prefix, a suffix or a delimiter"
     def __init__(self,
@@ -62,7 +68,6 @@ class ColReader:
         values = [self._column(row, o) for o in self.cols]
         return values[0] if len(values) == 1 else values
 
-@register
 class ItemGetter:
     "Take element `i` of an item"
     def __init__(self,
@@ -71,7 +76,6 @@ class ItemGetter:
 
     def __call__(self, o: Any) -> Any: return o[self.i]
 
-@register
 class AttrGetter:
     "Take an attribute of an item"
     def __init__(self,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 from ..base.devices import default_workers, start_method
 from ..base.nested import find_bs, map_nested, to_device
+from ..base.registry import checked_keywords
 from ..base.seeds import derive_seed, keep_random_states, seed_all, seed_generation
 from .pipeline import Pipeline, data_error, describe_value
 from .reading import BatchPlan, BatchReader, Failure, GuardedReader, collate
@@ -35,6 +36,7 @@ class _Plans:
 
 class DataLoader:
     "Batches of a dataset, transformed on the device, in an order and with a randomness that follow from one seed"
+    @checked_keywords
     def __init__(self,
         dataset: Any,                                  # has `__len__` and `__getitem__`
         bs: int = 64,                                  # samples a batch
@@ -51,7 +53,9 @@ class DataLoader:
         collate_fn: Callable[[list], Any] = collate,   # from a list of samples to a batch
         pin_memory: bool | None = None,                # page-locked memory, for fast copies; on a GPU if not given
         persistent_workers: bool | None = None,        # keep the processes between epochs; where starting them is slow if not given
+        batch_size: int | None = None,                 # PyTorch's name for `bs`
     ):
+        bs = bs if batch_size is None else batch_size
         self.dataset, self.bs, self.shuffle, self.drop_last, self.sampler = dataset, bs, shuffle, drop_last, sampler
         self.split_idx = split_idx if split_idx is not None else getattr(dataset, 'split_idx', None)
         self.num_workers = default_workers() if num_workers is None else num_workers
@@ -62,6 +66,7 @@ class DataLoader:
         self.output_types: tuple[type | None, ...] | None = None # and after it
         self._fixed_seed = seed
         self._torch_loader: TorchLoader | None = None
+        self._made_of: list = []
         self._restart()
 
     def _restart(self) -> None:
@@ -117,7 +122,9 @@ class DataLoader:
         reader = self._reader()
         workers = min(self._usable_workers(reader), len(plans))
         if workers == 0: return (reader[plan] for plan in plans)
-        if self._torch_loader is None or not self._keeps_workers():
+        made_of = [id(f) for f in (*self.after_item.fs, *self.before_batch.fs)] + [id(self.dataset), self._pins(), workers]
+        if self._torch_loader is None or not self._keeps_workers() or made_of != self._made_of:
+            self._made_of = made_of
             self._torch_loader = TorchLoader(GuardedReader(reader), batch_size=None, sampler=_Plans(), num_workers=workers, collate_fn=_identity,
                 pin_memory=self._pins(), generator=torch.Generator(), # PyTorch draws a seed each epoch: not from ours
                 multiprocessing_context=start_method(), persistent_workers=self._keeps_workers())
@@ -245,6 +252,7 @@ class DataLoader:
         same = dict(bs=self.bs, shuffle=self.shuffle, num_workers=self.num_workers, drop_last=self.drop_last, after_item=self.after_item.fs,
             before_batch=self.before_batch.fs, after_batch=self.after_batch.fs, device=self.device, seed=self._fixed_seed, collate_fn=self.collate_fn,
             pin_memory=self.pin_memory, persistent_workers=self.persistent_workers, split_idx=self.split_idx)
+        if dataset is None and 'shuffle' not in changes: same['sampler'] = self.sampler
         made = type(self)(self.dataset if dataset is None else dataset, **{**same, **changes})
         made.input_types = self.input_types
         return made

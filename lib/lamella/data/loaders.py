@@ -94,6 +94,13 @@ class DataLoaders:
         "Show some training samples"
         self.train.show_batch(*args, **kwargs)
 
+    def decode_batch(self,
+        b: tuple,       # as a loader gives it
+        max_n: int = 9, # how many samples
+    ) -> list[tuple]:   # samples
+        "The samples of a batch on their way back"
+        return self.train.decode_batch(b, max_n)
+
     def test_dl(self,
         test_items: Any,                 # items of the kind of the source, or what the first block opens
         with_labels: bool = False,       # make the targets too

@@ -45,7 +45,7 @@ def _accepted_types(
     except NameError as error: raise NameError(f'an annotation of {function_name(func)} cannot be resolved: {error}') from error
     hint = hints.get(names[0], object) if names else object
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else as_list(hint)
-    accepted = tuple(o if isinstance(o, type) else typing.get_origin(o) or object for o in parts)
+    accepted = tuple(object if o is Any else typing.get_origin(o) or (o if isinstance(o, type) else object) for o in parts)
     returned = hints.get('return')
     return accepted, returned if isinstance(returned, type) and hasattr(returned, 'cast') else None
 
@@ -89,7 +89,7 @@ class _TransformMeta(type):
         try: made = super().__call__(*args, **kwargs)
         except TypeError as error: raise cls._with_right_name(error, kwargs)
         arguments = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
-        made.init_args = {k: v for k, v in arguments.items() if k != 'self'}
+        made.init_args = {k: v for k, v in arguments.items() if k not in ('self', 'kwargs')} | arguments.get('kwargs', {})
         return made
 
     @property

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from fastcore.foundation import L
 from torch import nn
 
 from ..base.bundle import EXPORT_MEMBERS, FORMAT_VERSION, BundleError, read_bundle
 from ..base.devices import resolve_device
-from ..base.nested import is_listy
 from ..base.pickling import UntrustedError, load_objects
 from ..base.registry import registered
 from ..base.spec import rebuild
@@ -34,7 +34,7 @@ class Predictor(Inference):
         item: Any, # one item, or a list of them
     ) -> Any:      # (label, decision, probabilities), a list of such for a list
         "Predict new items"
-        return self.predict_items(item) if is_listy(item) and not isinstance(item, slice) else super().predict(item)
+        return self.predict_items(item) if isinstance(item, (list, L)) else super().predict(item)
 
     @property
     def vocab(self) -> Any: # `None` if there is none

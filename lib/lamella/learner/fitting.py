@@ -52,9 +52,10 @@ class Fitting(TrainingLoop):
         "Make a new optimizer, with a parameter group for each list of the splitter"
         self.model.to(self.dls.device)
         groups = self.splitter(self.model)
-        is_class = isinstance(self.opt_func, type) and issubclass(self.opt_func, torch.optim.Optimizer)
-        self.opt = OptimWrapper(groups, self.opt_func) if is_class else self.opt_func(groups, lr=1e-3)
-        if not isinstance(self.opt, Optimizer): return
+        func, options = getattr(self.opt_func, 'func', self.opt_func), getattr(self.opt_func, 'keywords', {})
+        is_class = isinstance(func, type) and issubclass(func, torch.optim.Optimizer)
+        self.opt = OptimWrapper(groups, func, **options) if is_class else self.opt_func(groups, lr=1e-3)
+        if not isinstance(self.opt, Optimizer): raise TypeError(f"opt_func has to return lamella's Optimizer, or be a class of torch.optim (or a partial of one), not a {type(self.opt).__name__}")
         self.opt.set_hyper('lr', self.lr)
         if not self.wd_bn_bias: self.opt.no_decay(norm_params(self.model, with_bias=True))
         if self.train_bn: self.opt.always_train(norm_params(self.model))
@@ -63,7 +64,6 @@ class Fitting(TrainingLoop):
         "An optimizer with these hyper-parameters, and the model on its device"
         if self.opt is None or reset_opt: self.create_opt()
         self.model.to(self.dls.device)
-        if not isinstance(self.opt, Optimizer): return
         self.opt.set_hyper('lr', self.lr if lr is None else lr)
         wd = self.wd if wd is None else wd
         if wd is not None: self.opt.set_hyper('wd', wd)
@@ -157,6 +157,7 @@ class Fitting(TrainingLoop):
         suggest_funcs: Any = (valley,), # one or several of `valley`, `slide`, `minimum`, `steep`
     ) -> Any:                      # a named tuple of suggestions
         "Train with a growing learning rate and suggest one; weights, optimizer, random state and loaders are put back bit for bit"
+        self.model.to(self.dls.device) # moving it replaces its buffers
         before = Snapshot(self)
         try:
             with self.no_logging(): self.fit(num_it // max(1, len(self.dls.train)) + 1, cbs=LRFinder(start_lr, end_lr, num_it, stop_div))
@@ -182,8 +183,8 @@ class Fitting(TrainingLoop):
     ) -> Iterator[TrainingLoop]: # itself
         "Add callbacks for a block"
         before = list(self.cbs)
-        try: yield self.add_cbs(cbs)
-        finally: self.remove_cbs([o for o in self.cbs if o not in before])
+        try: yield self.add_cbs([o for o in as_list(cbs) if not any(o is own for own in before)])
+        finally: self.remove_cbs([o for o in self.cbs if not any(o is own for own in before)])
 
     @contextmanager
     def removed_cbs(self,

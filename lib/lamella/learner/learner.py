@@ -19,6 +19,7 @@ from .predicting import Predicting
 from .saving import Saving
 from ..loop.recorder import Recorder
 from ..losses import loss_of_task
+from ..metrics import mk_metric
 from ..nets.groups import trainable_params
 from ..optim.optimizer import Adam, Optimizer
 
@@ -48,8 +49,9 @@ class Learner(Predicting, Saving):
         moms: tuple[float, float, float] = (0.95, 0.85, 0.95), # momentum of one cycle
         default_cbs: bool = True,                     # add `DEFAULT_CALLBACKS`
     ):
-        dls = dls if hasattr(dls, 'train') else DataLoaders(*as_list(dls))
-        self.opt_func, self.lr, self.splitter, self.metrics = opt_func, lr, splitter, as_list(metrics)
+        if not hasattr(dls, 'train'): dls = DataLoaders(*as_list(dls))
+        elif not isinstance(dls, DataLoaders): dls = DataLoaders(dls.train, dls.valid)
+        self.opt_func, self.lr, self.splitter, self.metrics = opt_func, lr, splitter, [mk_metric(o) for o in as_list(metrics)]
         self.path, self.model_dir = Path(getattr(dls, 'path', '.') if path is None else path), model_dir
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
         loss_func = loss_of_task(getattr(dls, 'task', None)) if loss_func is None else loss_func() if isinstance(loss_func, type) else loss_func

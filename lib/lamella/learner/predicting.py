@@ -4,7 +4,9 @@
 
 # %% ../../../nbs/40_learner/02_predicting.ipynb #e53cf05b
 from __future__ import annotations
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,12 +45,7 @@ class Predicting(Fitting):
     def _pass_over(self, dl: Any) -> None:
         "One validation pass"
         self.model.to(self.dls.device)
-        self.n_epoch, self.epoch = 1, 0
-        self.fire('before_fit')
-        try: self.run_validation(dl)
-        finally:
-            self.fire('cleanup_fit')
-            self.xb, self.yb, self.pred, self.loss, self.loss_grad = (), (), None, None, None
+        self.run_pass(dl)
 
     def get_preds(self,
         ds_idx: int = 1,                        # which of the loaders
@@ -75,7 +72,7 @@ class Predicting(Fitting):
 
     def _unreduced(self, wanted: bool) -> Any:
         "A block in which the loss is that of each sample"
-        return _Unreduced(self.loss_func if wanted else None)
+        return _Unreduced(self, wanted)
 
     # ---- items
 
@@ -137,15 +134,18 @@ class Predicting(Fitting):
         return tuple(as_list(map_nested(lambda o: output.decodes(output.activation(o)), pred)))
 
 class _Unreduced:
-    "A block in which a loss is not averaged over the batch"
-    def __init__(self, loss_func: Any):
-        self.loss_func = loss_func if hasattr(loss_func, 'reduction') else None
+    "A block in which the loss of a learner is not averaged over the batch"
+    def __init__(self, learn: Any, wanted: bool): self.learn, self.wanted, self.before = learn, wanted, learn.loss_func
 
     def __enter__(self) -> None:
-        if self.loss_func is not None: self.before, self.loss_func.reduction = self.loss_func.reduction, 'none'
+        if not self.wanted: return
+        if hasattr(self.before, 'reduction'): self.reduction, self.before.reduction = self.before.reduction, 'none'
+        elif 'reduction' in inspect.signature(self.before).parameters: self.learn.loss_func = partial(self.before, reduction='none')
+        else: raise TypeError(f"the loss of each sample is wanted, but {self.before} has no 'reduction': give it one, or use a loss of torch.nn")
 
     def __exit__(self, *error: Any) -> None:
-        if self.loss_func is not None: self.loss_func.reduction = self.before
+        self.learn.loss_func = self.before
+        if hasattr(self, 'reduction'): self.before.reduction = self.reduction
 
 def _show_pair(true: tuple, predicted: tuple, n_inp: int, ctx: Any, title: str | None) -> None:
     "Show a sample, its targets, and what was predicted"

@@ -16,6 +16,7 @@ from ..base.bundle import FORMAT_VERSION, write_bundle
 from ..base.files import atomic_write
 from ..base.pickling import dump_objects
 from ..base.registry import is_registered, name_of
+from ..base.seeds import keep_random_states
 from ..base.spec import describe
 from ..data.inference import InferencePipeline
 from ..data.transform import Transform
@@ -48,9 +49,14 @@ def describe_model(
 ) -> Any:                   # values that JSON knows
     "Describe how to build the model: by the function that built it (`model.built_by`), or as an object"
     built_by = getattr(model, 'built_by', None)
-    if built_by is None: return describe(model, objects)
+    if built_by is None or not _is_as_built(model): return describe(model, objects)
     builder, args = built_by
     return {'builder': name_of(builder), 'args': {k: describe(v, objects) for k, v in args.items()}}
+
+def _is_as_built(model: torch.nn.Module) -> bool:
+    "Has the model still the structure that its builder gave it?"
+    builder, args = model.built_by
+    with keep_random_states(): return repr(builder(**args)) == repr(model)
 
 def tensors_to_save(
     named: dict[str, torch.Tensor], # tensors by name

@@ -65,6 +65,16 @@ class Callback:
     pct_train = LoopState[float]('how much of this fit is done, 0 to 1')
     training = LoopState[bool]('is it a training batch?')
 
+    @property
+    def x(self) -> Any: # a tensor, or a tuple of them
+        "The input of the batch; all of them, if there are several"
+        return self.xb[0] if len(self.xb) == 1 else self.xb
+
+    @property
+    def y(self) -> Any: # a tensor, or a tuple of them
+        "The target of the batch; all of them, if there are several"
+        return self.yb[0] if len(self.yb) == 1 else self.yb
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in vars(cls):

@@ -67,7 +67,7 @@ class Recorder(Callback):
     # ---- events
 
     def before_fit(self) -> None:
-        self.reset()
+        if not self.learn.only_validating: self.reset()
         self._metrics = [mk_metric(o) for o in self.metrics]
         self._loss_metric = AvgLoss()
         names = [o.name for o in self._metrics]
@@ -102,7 +102,7 @@ class Recorder(Callback):
         self.iters.append(len(self.losses))
 
     def after_validate(self) -> None:
-        if self.valid_metrics and hasattr(self, '_row'): self._row += self._values([self._loss_metric, *self._metrics])
+        if self.valid_metrics and not self.learn.only_validating: self._row += self._values([self._loss_metric, *self._metrics])
 
     def validation_values(self) -> list[Any]: # loss, then the metrics
         "What the last validation pass gave"
@@ -112,6 +112,7 @@ class Recorder(Callback):
         return [o.item() if isinstance(o, torch.Tensor) and o.numel() == 1 else o for o in (m.value for m in metrics)]
 
     def after_epoch(self) -> None:
+        if self.learn.only_validating: return
         self.values.append(self._row)
         self.log = [self.epoch, *self._row] + ([format_time(time.perf_counter() - self._started)] if self.add_time else [])
         self.learn.final_record = self._row

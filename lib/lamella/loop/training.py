@@ -20,6 +20,8 @@ from .events import (EVENTS, CancelBackwardException, CancelBatchException, Canc
 __all__ = ['TrainingLoop']
 
 # %% ../../../nbs/20_loop/02_training.ipynb #b255eae0
+_POSITION = ('n_epoch', 'epoch', 'iter', 'n_iter', 'train_iter', 'pct_train', 'training', 'dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad')
+
 class TrainingLoop:
     "Model, data, loss and optimizer, and the loop over them that fires events"
     training: bool = False
@@ -31,6 +33,8 @@ class TrainingLoop:
     yb: tuple = ()
     epoch, n_epoch, iter, n_iter, train_iter = 0, 1, 0, 0, 0
     pct_train: float = 0.
+    fitting: bool = False         # between before_fit and cleanup_fit
+    only_validating: bool = False # a pass without training: `validate`, `get_preds`
 
     def __init__(self,
         dls: Any,                                # `.train` and `.valid` are loaders
@@ -130,10 +134,31 @@ class TrainingLoop:
         self.n_epoch, self._start_epoch = n_epoch, start_epoch
         self.train_iter, self.pct_train = start_epoch * len(self.dls.train), start_epoch / n_epoch if n_epoch else 0.
         self.loss, self.pred = None, None
-        try: self._stage('fit', CancelFitException, self._all_epochs)
+        if start_epoch and hasattr(self.dls.train, 'epoch'): self.dls.train.epoch += start_epoch
+        self._whole_fit(self._all_epochs)
+
+    def _whole_fit(self, body: Callable[[], None]) -> None:
+        self.fitting = True
+        try: self._stage('fit', CancelFitException, body)
         finally:
             for cb in self.cbs: cb.run = True
-            self.xb, self.yb, self.pred, self.loss_grad = (), (), None, None
+            self.xb, self.yb, self.pred, self.loss_grad, self.fitting = (), (), None, None, False
+
+    def run_pass(self,
+        dl: Any, # a loader
+    ) -> None:
+        "One validation pass alone, as a fit of one epoch without training; inside of a fit, just the pass, and the fit goes on as if nothing had been"
+        before = {name: getattr(self, name) for name in _POSITION}
+        self.only_validating = True
+        try:
+            if self.fitting: self.run_validation(dl)
+            else:
+                self.n_epoch, self.epoch = 1, 0
+                self._whole_fit(lambda: self._stage('epoch', CancelEpochException, lambda: self.run_validation(dl)))
+        finally:
+            self.only_validating = False
+            for name, value in before.items(): setattr(self, name, value)
+            if self.fitting: self.model.train(self.training)
 
     def _all_epochs(self) -> None:
         for self.epoch in range(self._start_epoch, self.n_epoch): self._stage('epoch', CancelEpochException, self._one_epoch)

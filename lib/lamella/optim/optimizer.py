@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/12_optim/01_optimizer.ipynb #b3cabfa4
 from __future__ import annotations
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -163,7 +164,7 @@ class Optimizer:
         if len(sd['hypers']) != len(self.hypers): raise ValueError(f"the state is of an optimizer with {len(sd['hypers'])} groups; this one has {len(self.hypers)}")
         self.opt.load_state_dict(sd['opt'])
         self.hypers = [dict(h) for h in sd['hypers']]
-        self.frozen_idx = sd['frozen_idx']
+        self.freeze_to(sd['frozen_idx'])
 
 def spread(
     value: Any, # a number, a list or array, or a slice
@@ -229,9 +230,11 @@ def OptimWrapper(
 ) -> Optimizer:                           # over `opt`
     "Any PyTorch optimizer, by its own names of hyper-parameters or fastai's"
     params = as_param_lists(params)
-    made = Optimizer(params, opt, hp_map, options=kwargs, lr=lr)
+    betas = {'mom', 'sqr_mom'} & kwargs.keys() and 'betas' in inspect.signature(opt).parameters
+    if betas: kwargs['betas'] = (kwargs.pop('mom', 0.9), kwargs.pop('sqr_mom', 0.999))
+    made = Optimizer(params, opt, hp_map, options={HYPER_NAMES.get(k, k): v for k, v in kwargs.items()}, lr=lr)
     defaults = {**made.opt.defaults}
     if 'betas' in defaults: made.names.update(mom='betas', sqr_mom='betas')
-    known = {'wd': defaults.get('weight_decay'), 'mom': defaults.get('betas', (defaults.get('momentum'), None))[0], 'sqr_mom': defaults.get('betas', (None, None))[1]}
+    known = {'wd': defaults.get('weight_decay'), 'mom': defaults.get('betas', (defaults.get('momentum'), None))[0], 'sqr_mom': defaults.get('betas', (None, defaults.get('alpha')))[1]}
     for hyper in made.hypers: hyper.update({k: v for k, v in known.items() if v is not None})
     return made

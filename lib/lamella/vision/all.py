@@ -14,25 +14,26 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'GatherPredsCallback', 'LRFinder', 'minimum', 'slide', 'steep', 'valley', 'ProgressCallback',
            'ParamScheduler', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup',
            'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller',
-           'parent_label', 'DataLoader', 'TfmdDL', 'DataLoaders', 'DataError', 'Pipeline', 'FileGetter', 'ImageGetter',
-           'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter',
-           'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter', 'ItemTransform',
-           'RandTransform', 'Transform', 'Category', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TitledStr',
-           'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction',
-           'Learner', 'Callback', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException',
-           'CancelFitException', 'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Recorder',
-           'BaseLoss', 'BCEWithLogitsLossFlat', 'CrossEntropyLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropyFlat',
-           'MSELossFlat', 'AvgLoss', 'AvgMetric', 'Metric', 'accuracy', 'error_rate', 'mae', 'mk_metric', 'mse',
-           'top_k_accuracy', 'create_body', 'create_head', 'default_split', 'num_features_model', 'params',
-           'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init', 'load_weights', 'SGD',
-           'Adam', 'Optimizer', 'OptimWrapper', 'RMSProp', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly',
-           'combine_scheds', 'combined_cos', 'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing',
-           'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize', 'cifar_stats',
-           'imagenet_stats', 'mnist_stats', 'ImageBlock', 'ImageDataLoaders', 'AffineCoordTfm', 'Dihedral', 'Flip',
-           'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner', 'Architecture', 'create_vision_model',
-           'vision_splitter', 'CropPad', 'FlipItem', 'PadMode', 'RandomCrop', 'RandomResizedCrop', 'Resize',
-           'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase',
-           'TensorImageBW', 'TensorMask', 'image2tensor', 'verify_image', 'verify_images']
+           'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'DataError', 'Pipeline', 'FileGetter',
+           'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter',
+           'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter',
+           'ItemTransform', 'RandTransform', 'Transform', 'Category', 'TensorBase', 'TensorCategory', 'TensorFloat',
+           'TitledStr', 'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation', 'Interpretation',
+           'Prediction', 'Learner', 'Callback', 'CancelBackwardException', 'CancelBatchException',
+           'CancelEpochException', 'CancelFitException', 'CancelStepException', 'CancelTrainException',
+           'CancelValidException', 'Recorder', 'BaseLoss', 'BCEWithLogitsLossFlat', 'CrossEntropyLossFlat',
+           'L1LossFlat', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'AvgLoss', 'AvgMetric', 'Metric', 'accuracy',
+           'error_rate', 'mae', 'mk_metric', 'mse', 'top_k_accuracy', 'create_body', 'create_head', 'default_split',
+           'num_features_model', 'params', 'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange',
+           'apply_init', 'load_weights', 'SGD', 'Adam', 'Optimizer', 'OptimWrapper', 'RMSProp', 'SchedCos', 'SchedExp',
+           'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds', 'combined_cos', 'Brightness', 'Contrast', 'Hue',
+           'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor',
+           'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'ImageBlock', 'ImageDataLoaders',
+           'AffineCoordTfm', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner',
+           'Architecture', 'create_vision_model', 'vision_splitter', 'CropPad', 'FlipItem', 'PadMode', 'RandomCrop',
+           'RandomResizedCrop', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask',
+           'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor', 'verify_image',
+           'verify_images']
 
 # %% ../../../nbs/60_vision/08_all.ipynb #b1460732
 import json
@@ -71,7 +72,7 @@ from ..callbacks.schedule import ParamScheduler
 from ..data.blocks import Categorize, CategoryBlock, CategoryMap, RegressionBlock, RegressionSetup, TransformBlock
 from ..data.datablock import DataBlock
 from ..data.datasets import Datasets
-from ..data.labels import AttrGetter, ColReader, ItemGetter, RegexLabeller, parent_label
+from ..data.labels import AttrGetter, ColReader, ItemGetter, RegexLabeller, parent_label, using_attr
 from ..data.loader import DataLoader, TfmdDL
 from ..data.loaders import DataLoaders
 from ..data.pipeline import DataError, Pipeline
@@ -124,7 +125,7 @@ _all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warning
     'tensor', 'to_concat', 'to_cpu', 'to_detach', 'to_device', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed',
     'GatherPredsCallback', 'LRFinder', 'minimum', 'slide', 'steep', 'valley', 'ProgressCallback', 'ParamScheduler', 'Categorize', 'CategoryBlock',
     'CategoryMap', 'RegressionBlock', 'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter',
-    'RegexLabeller', 'parent_label', 'DataLoader', 'TfmdDL', 'DataLoaders', 'DataError', 'Pipeline', 'FileGetter', 'ImageGetter', 'get_files',
+    'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'DataError', 'Pipeline', 'FileGetter', 'ImageGetter', 'get_files',
     'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter',
     'RandomSplitter', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TitledStr',
     'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'Callback',

@@ -283,8 +283,8 @@ class Normalize(BatchTransform):
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         "Mean and standard deviation, moved once"
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self.mean, self.std
+        self.mean, self.std = moved = self.mean.to(device), self.std.to(device)
+        return moved
 
     @classmethod
     def plan(cls, run: list[Normalize], x: torch.Tensor, split_idx: int | None) -> list[Step]:
@@ -294,10 +294,11 @@ class Normalize(BatchTransform):
     def _step(self, x: torch.Tensor) -> _Linear:
         if self.mean is None or self.std is None: self._learn(x)
         mean, std = self._on(x.device)
-        if x.dim() == mean.dim() == 4 and mean.shape[1] not in (1, x.shape[1]): raise ValueError(
-            f'the images have {x.shape[1]} channels, and Normalize has the statistics of {mean.shape[1]}: '
-            'give those of the data, or Normalize() to take them from the first batch')
+        if x.dim() == mean.dim() == 4 and mean.shape[1] not in (1, x.shape[1]):
+            raise ValueError(f'the images have {x.shape[1]} channels, Normalize has statistics of {mean.shape[1]}: give those of the data, or none')
         return _Linear(1 / std, -mean / std)
+
+    def setups(self, dl: Any) -> None: self.mean is None and hasattr(dl, 'one_batch') and dl.one_batch() # of the training set
 
     def decodes(self, x: TensorImage) -> TensorImage:
         mean, std = self._on(x.device)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.nested import as_list
-from ..base.registry import register
 from ..data.blocks import CategoryBlock, RegressionBlock, TransformBlock
 from ..data.datablock import DataBlock
 from ..data.labels import ColReader, ItemGetter, RegexLabeller, function_name, parent_label
@@ -38,7 +37,6 @@ def ImageBlock(
     return TransformBlock(type_tfms=cls.create, item_tfms=ToTensor, batch_tfms=IntToFloatTensor)
 
 # %% ../../../nbs/60_vision/05_data.ipynb #cafb6a2b
-@register
 class FileName:
     "A function of the name of a file, as a function of its path"
     def __init__(self,

@@ -221,6 +221,7 @@ def rebuild_vision_model(
     "What an exported file names: the same network, without weights, which come from the file; nothing is downloaded"
     unknown = head_args.keys() - {'pool', 'lin_ftrs', 'ps', 'concat_pool', 'first_bn', 'bn_final', 'lin_first', 'y_range'}
     if unknown: raise TypeError(f'a head has no argument {sorted(unknown)}')
+    if not isinstance(arch, str) or not (cut is None or isinstance(cut, int)): raise TypeError(f'an architecture is a name, and a cut a number, not {arch!r} and {cut!r}')
     return create_vision_model(arch, n_out, n_in=n_in, cut=cut, **head_args)
 
 # %% ../../../nbs/60_vision/06_nets.ipynb #077e4c60
