@@ -195,8 +195,7 @@ class BatchTransform(Transform):
         "Draw the parameters, and say what is to be done"
         raise TypeError(f'{cls.__name__} has to say what it does to a batch: define plan(cls, run, x, split_idx)')
 
-    def _encodes_images(self) -> bool:
-        "Has somebody added an `encodes` for images or masks?"
+    def _encodes_images(self) -> bool: # has somebody added an `encodes` for images or masks?
         return any(find_handler(self._verbs['encodes'], kind) for kind in (TensorImage, TensorMask))
 
     def __call__(self,
@@ -283,8 +282,8 @@ class Normalize(BatchTransform):
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         "Mean and standard deviation, moved once"
-        self.mean, self.std = moved = self.mean.to(device), self.std.to(device)
-        return moved
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self.mean, self.std
 
     @classmethod
     def plan(cls, run: list[Normalize], x: torch.Tensor, split_idx: int | None) -> list[Step]:
@@ -294,11 +293,11 @@ class Normalize(BatchTransform):
     def _step(self, x: torch.Tensor) -> _Linear:
         if self.mean is None or self.std is None: self._learn(x)
         mean, std = self._on(x.device)
-        if x.dim() == mean.dim() == 4 and mean.shape[1] not in (1, x.shape[1]):
-            raise ValueError(f'the images have {x.shape[1]} channels, Normalize has statistics of {mean.shape[1]}: give those of the data, or none')
+        if x.dim() == mean.dim() == 4 and mean.shape[1] not in (1, x.shape[1]): raise ValueError(f'the images have {x.shape[1]} channels, Normalize has statistics of {mean.shape[1]}: give those of the data, or none')
         return _Linear(1 / std, -mean / std)
 
-    def setups(self, dl: Any) -> None: self.mean is None and hasattr(dl, 'one_batch') and dl.one_batch() # of the training set
+    def setups(self, dl: Any) -> None:
+        if self.mean is None and hasattr(dl, 'one_batch'): dl.one_batch() # of the training set, before any other batch is made
 
     def decodes(self, x: TensorImage) -> TensorImage:
         mean, std = self._on(x.device)
