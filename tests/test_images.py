@@ -337,3 +337,15 @@ def test_probabilities():
         changed = (Rotate(30, p=p)(x) - x).abs().flatten(1).amax(1) > 1e-3
         assert abs(changed.float().mean() - p) < 0.06
         assert Rotate(0., p=p)(x, 0) is x
+
+
+def test_normalize_without_statistics_takes_them_from_a_training_batch():
+    "Not from the few samples that are tried when the loaders are built, and not from validation images"
+    from lamella.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Normalize
+
+    def picture(i): return np.full((8, 8, 3), 100 if i >= 40 else i % 2 * 40, dtype=np.uint8)
+    block = DataBlock(blocks=(ImageBlock, CategoryBlock(vocab=[0, 1])), get_x=picture, get_y=lambda i: i % 2,
+                      splitter=IndexSplitter(list(range(40, 50))), batch_tfms=Normalize())
+    dls = block.dataloaders(list(range(50)), bs=40, num_workers=0, device='cpu')
+    assert torch.allclose(dls.train.after_batch[-1].mean.flatten(), torch.full((3,), 20 / 255), atol=1e-4)
+    assert dls.valid.after_batch[-1] is dls.train.after_batch[-1]
