@@ -293,7 +293,7 @@ class Normalize(BatchTransform):
     def _step(self, x: torch.Tensor) -> _Linear:
         if self.mean is None or self.std is None: self._learn(x)
         mean, std = self._on(x.device)
-        if x.dim() == mean.dim() == 4 and mean.shape[1] not in (1, x.shape[1]): raise ValueError(f'the images have {x.shape[1]} channels, Normalize has statistics of {mean.shape[1]}: give those of the data, or none')
+        if x.dim() == mean.dim() == 4 and mean.shape[1] not in (1, x.shape[1]): raise ValueError(f'the images have {x.shape[1]} channels, and Normalize has the statistics of {mean.shape[1]}: give those of the data, or none')
         return _Linear(1 / std, -mean / std)
 
     def setups(self, dl: Any) -> None:
