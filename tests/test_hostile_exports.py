@@ -167,3 +167,15 @@ def test_labels_that_are_numpy_numbers(tmp_path):
     learn = vision_learner(dls, 'test_resnet', pretrained=False)
     assert load_learner(learn.export(tmp_path/'model.pkl')).vocab == [0, 1]
     assert load_learner(tmp_path/'model.pkl').predict(photos/'cat'/'1.jpg').label == learn.predict(table.iloc[0]).label
+
+
+def test_a_layer_that_is_called_while_a_pickle_is_read(tmp_path, exported, monkeypatch):
+    "Layers are on the list of names; calling one is refused all the same"
+    from safetensors.torch import save
+    called = []
+    monkeypatch.setattr(torch.nn.ReLU, '__call__', lambda self, x: called.append(x))
+    def text(o): return b'\x8c' + bytes([len(o)]) + o.encode()
+    attack = b'\x80\x04(' + text('torch.nn.modules.activation') + text('ReLU') + b'\x93)\x81(' + text('x') + b'tRl.'
+    file = changed(exported, tmp_path, **{'objects.pkl': attack, 'objects.safetensors': save({})})
+    with pytest.raises(UntrustedError, match='a call of'): load_learner(file)
+    assert not called

@@ -539,6 +539,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'lamella/data/loaders.py'),
                                       'lamella.data.loaders.DataLoaders.one_batch': ( '10_data/loaders.html#dataloaders.one_batch',
                                                                                       'lamella/data/loaders.py'),
+                                      'lamella.data.loaders.DataLoaders.setup_tfms': ( '10_data/loaders.html#dataloaders.setup_tfms',
+                                                                                       'lamella/data/loaders.py'),
                                       'lamella.data.loaders.DataLoaders.show_batch': ( '10_data/loaders.html#dataloaders.show_batch',
                                                                                        'lamella/data/loaders.py'),
                                       'lamella.data.loaders.DataLoaders.task': ( '10_data/loaders.html#dataloaders.task',

@@ -36,7 +36,7 @@ def _describe_named(obj: Any, objects: list[Any] | None) -> Any:
     "Classes, functions and objects that have a name; all others go into the list"
     if is_registered(obj): return {'$ref': name_of(obj)}
     if getattr(obj, '__name__', None) == 'create' and is_registered(getattr(obj, '__self__', None)): return {'$ref': name_of(obj.__self__), 'method': 'create'}
-    if is_registered(type(obj)):
+    if is_registered(type(obj)) and (hasattr(obj, 'spec_args') or hasattr(obj, 'init_args')):
         args = obj.spec_args() if hasattr(obj, 'spec_args') else obj.init_args
         return {'$new': name_of(type(obj)), 'args': {k: describe(v, objects) for k, v in args.items()}}
     if objects is None: raise TypeError(f'{obj!r} has no registered name: put @register above its class or function')

@@ -133,7 +133,7 @@ class Datasets:
             own = dict(bs=bs, shuffle=shuffle, drop_last=shuffle if drop_last is None else drop_last) if i == 0 else dict(bs=val_bs or bs)
             loaders.append((dl_type or DataLoader)(self.subset(i), **own, **shared))
         dls = DataLoaders(*loaders, path=path, device=device)
-        for f in [*dls.train.after_item.fs, *dls.train.after_batch.fs]: f.setup(dls.train)
+        dls.setup_tfms()
         return dls
 
     @property

@@ -119,6 +119,10 @@ class DataLoaders:
         "Add transforms to the loaders"
         for dl in self._own() if dl_idx is None else [self.loaders[dl_idx]]: getattr(dl, event).add(tfms)
 
+    def setup_tfms(self) -> None:
+        "Let the item and batch transforms learn their state (such as statistics) from the training loader"
+        for f in [*self.train.after_item.fs, *self.train.after_batch.fs]: f.setup(self.train)
+
     def new(self,
         **changes: Any, # arguments of `DataLoader`: `bs`, `num_workers`, ...
     ) -> DataLoaders:   # new loaders over the same datasets
@@ -155,7 +159,9 @@ class DataLoaders:
         first = dict(shuffle=True, drop_last=True)
         made = [DataLoader(ds, bs=bs, after_item=item_tfms, after_batch=batch_tfms, device=device, split_idx=i, **{**(first if i == 0 else {}), **kwargs})
                 for i, ds in enumerate(datasets)]
-        return cls(*made, path=path, device=device)
+        dls = cls(*made, path=path, device=device)
+        dls.setup_tfms()
+        return dls
 
     @classmethod
     def from_dblock(cls,
