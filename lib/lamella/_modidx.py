@@ -1343,6 +1343,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lamella/vision/decoding.py'),
                                          'lamella.vision.decoding._jpeg_decoder': ( '60_vision/decoding.html#_jpeg_decoder',
                                                                                     'lamella/vision/decoding.py'),
+                                         'lamella.vision.decoding._resize_by_pil': ( '60_vision/decoding.html#_resize_by_pil',
+                                                                                     'lamella/vision/decoding.py'),
                                          'lamella.vision.decoding.decode_jpeg': ( '60_vision/decoding.html#decode_jpeg',
                                                                                   'lamella/vision/decoding.py'),
                                          'lamella.vision.decoding.explain_damage': ( '60_vision/decoding.html#explain_damage',
