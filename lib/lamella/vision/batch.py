@@ -229,8 +229,8 @@ class IntToFloatTensor(BatchTransform):
 
     @classmethod
     def plan(cls, run: list[IntToFloatTensor], x: torch.Tensor, split_idx: int | None) -> list[Step]:
-        "One division each"
-        return [_Divide(f.div, f.div_mask) for f in run]
+        "One division each; images that are floats already are from 0 to 1"
+        return [_Divide(1. if x.is_floating_point() else f.div, f.div_mask) for f in run]
 
     def decodes(self, o: TensorImage) -> TensorImage: return (o.clamp(0., 1.) * self.div).round().long()
 
