@@ -677,6 +677,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lamella/data/third_party.py'),
                                           'lamella.data.third_party._nested': ( '10_data/third_party.html#_nested',
                                                                                 'lamella/data/third_party.py'),
+                                          'lamella.data.third_party._offset': ( '10_data/third_party.html#_offset',
+                                                                                'lamella/data/third_party.py'),
                                           'lamella.data.third_party._parts': ( '10_data/third_party.html#_parts',
                                                                                'lamella/data/third_party.py'),
                                           'lamella.data.third_party._run_albumentations': ( '10_data/third_party.html#_run_albumentations',

@@ -48,19 +48,22 @@ def _nested(x: Any, leaves: Iterator[Any]) -> Any:
 
 # %% ../../../nbs/10_data/05b_third_party.ipynb #b6c9776b
 def _size_of(x: Any) -> tuple[int, int]:
-    "(height, width) of an image"
+    "(height, width) of an image, or of what a library made of one"
+    if not isinstance(x, (torch.Tensor, Image.Image)): raise TypeError(f'the transform made a {type(x).__name__} of an image; a sample needs one image for one image')
     return (int(x.shape[-2]), int(x.shape[-1])) if isinstance(x, torch.Tensor) else (x.size[1], x.size[0])
 
 def _to_pixels(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     "(...,2) points or (...,4) boxes, from -1..1 to pixels"
     sides = torch.tensor([size[1], size[0]] * (x.shape[-1] // 2), dtype=torch.float32, device=x.device)
-    return (plain(x).float() + 1) / 2 * sides
+    return (plain(x).float() + 1) / 2 * sides - _offset(x)
+
+def _offset(x: torch.Tensor) -> float: return 0.5 if x.shape[-1] == 2 else 0. # the middle of the first pixel is 0 there for points, its edge for boxes
 
 def _from_pixels(values: Any, like: torch.Tensor, size: tuple[int, int]) -> Any:
     "The way back"
     x = torch.as_tensor(values, dtype=torch.float32)
     sides = torch.tensor([size[1], size[0]] * (like.shape[-1] // 2), dtype=torch.float32, device=x.device)
-    x = x.reshape(-1, like.shape[-1]) / sides * 2 - 1
+    x = (x.reshape(-1, like.shape[-1]) + _offset(like)) / sides * 2 - 1
     return type(like).cast(x.view(like.shape) if x.numel() == like.numel() else x)
 
 def _as_type_of(x: Any, result: Any) -> Any:
@@ -69,7 +72,7 @@ def _as_type_of(x: Any, result: Any) -> Any:
     if isinstance(result, Image.Image) and isinstance(x, Image.Image): return result if type(result) is kind else kind.cast(result)
     if isinstance(result, torch.Tensor) and isinstance(x, torch.Tensor): return kind.cast(plain(result))
     if isinstance(result, torch.Tensor): return registered(f'lamella.vision.types:{_by_name(kind, _AS_TENSOR)}').cast(plain(result))
-    raise TypeError(f'the transform made a {type(result).__name__} of a {kind.__name__}; a sample needs one image for one image')
+    raise TypeError(f'the transform made a {type(result).__name__} of a {kind.__name__}; a sample needs one of the same kind, or a tensor')
 
 # %% ../../../nbs/10_data/05b_third_party.ipynb #02a0c63d
 _RANDOM = {'AugMix', 'AutoAugment', 'RandAugment', 'TrivialAugmentWide', 'GaussianNoise', 'ColorJitter', 'GaussianBlur', 'ElasticTransform', 'ScaleJitter', 'MixUp', 'CutMix'}
@@ -99,7 +102,7 @@ def _is_random(part: Any) -> bool:
     return draws or bool(names & _RANDOM) or any(o.startswith(('Random', '_RandomApply')) for o in names)
 
 # %% ../../../nbs/10_data/05b_third_party.ipynb #e48e3380
-def _run_v2(parts: Sequence[Callable], origin: Any, fields: list[Any], boxes: int) -> tuple[list[Any], list[int] | None]:
+def _run_v2(parts: Sequence[Callable], origin: Any, fields: list[Any], boxes: int, made: dict) -> tuple[list[Any], list[int] | None]:
     "Transforms of torchvision.transforms.v2 on all fields at once; (fields, numbers of the boxes that are left)"
     size = _size_of(next(o for o in fields if target_of(o) in ('image', 'mask')))
     sample = {'fields': [_to_tv(o, size) for o in fields], 'labels': torch.arange(boxes)}
@@ -128,7 +131,7 @@ def _from_tv(result: Any, x: Any, size: tuple[int, int]) -> Any:
     is_picture = target == 'mask' and isinstance(x, Image.Image) and isinstance(result, torch.Tensor)
     return _as_type_of(x, Image.fromarray(result.numpy()) if is_picture else result)
 
-def _run_v1(parts: Sequence[Callable], origin: Any, fields: list[Any], boxes: int) -> tuple[list[Any], list[int] | None]:
+def _run_v1(parts: Sequence[Callable], origin: Any, fields: list[Any], boxes: int, made: dict) -> tuple[list[Any], list[int] | None]:
     "Transforms of torchvision.transforms on each image, with the same draw"
     moving = [type(o).__name__ for o in parts if type(o).__name__ not in _PIXELS_ONLY]
     others = [type(o).__name__ for o in fields if target_of(o) != 'image']
@@ -144,12 +147,14 @@ def _run_v1(parts: Sequence[Callable], origin: Any, fields: list[Any], boxes: in
     return results, None
 
 # %% ../../../nbs/10_data/05b_third_party.ipynb #f5a2ef38
-def _run_albumentations(parts: Sequence[Callable], origin: Any, fields: list[Any], boxes: int) -> tuple[list[Any], list[int] | None]:
+def _run_albumentations(parts: Sequence[Callable], origin: Any, fields: list[Any], boxes: int, made: dict) -> tuple[list[Any], list[int] | None]:
     "Transforms of albumentations on all fields at once; (fields, numbers of the boxes that are left)"
     if any(isinstance(o, torch.Tensor) and o.dim() > 3 for o in fields): raise TypeError('albumentations transforms one image at a time: put it into item_tfms instead of batch_tfms')
     size = _size_of(next(o for o in fields if target_of(o) in ('image', 'mask')))
     names = _names([target_of(o) or '' for o in fields])
-    composed = _composed(list(parts), origin, names)
+    key = (len(parts), *names)
+    if key not in made: made[key] = _composed(list(parts), origin, names)
+    composed = made[key]
     composed.set_random_state(np.random.default_rng(random.getrandbits(32)), random.Random(random.getrandbits(32)))
     given = {name: _to_array(x, size) for name, x in zip(names, fields)}
     result = composed(**given, **({'box_number': list(range(boxes))} if 'bboxes' in names else {}))
@@ -206,6 +211,7 @@ class ThirdParty(RandTransform):
         super().__init__()
         tfm = tfm() if isinstance(tfm, type) else tfm
         self.tfm, self.splits, self.library = tfm, splits, library_of(tfm)
+        self._made: dict[tuple, Any] = {} # for albumentations, a `Compose` for each kind of sample
         if self.library is None: raise TypeError(f'{tfm!r} is no transform of {", ".join(_LIBRARIES)}')
         if splits not in ('auto', 'train', 'both'): raise ValueError(f"splits is 'auto', 'train' or 'both', not {splits!r}")
         self.parts = _parts(copy.deepcopy(tfm) if self.library == 'albumentations' else tfm)
@@ -234,7 +240,7 @@ class ThirdParty(RandTransform):
         fields = [o for o in leaves if target_of(o)]
         if not any(target_of(o) in ('image', 'mask') for o in fields): return x
         boxes = next((o.numel() // 4 for o in fields if target_of(o) == 'bboxes'), 0)
-        results, kept = _LIBRARIES[self.library or ''](self._active, self.tfm, fields, boxes)
+        results, kept = _LIBRARIES[self.library or ''](self._active, self.tfm, fields, boxes, self._made)
         return _nested(x, iter(_with_labels(leaves, results, kept if kept is not None and len(kept) != boxes else None)))
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again, on validation samples
