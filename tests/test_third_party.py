@@ -188,7 +188,7 @@ def test_what_is_random(tfm, shown: str):
 
 
 def test_validation_is_not_augmented(folder: Path):
-    for tfm in (v2.Compose([v2.ColorJitter(0.9), v2.RandomInvert(p=1)]), A.InvertImg(p=1), [v1.RandomInvert(p=1)]):
+    for tfm in (v2.Compose([v2.ColorJitter(0.9), v2.RandomInvert(p=1)]), v2.Compose([v2.RandomInvert(p=1), v2.ToImage()]), A.InvertImg(p=1), [v1.RandomInvert(p=1)]):
         plain_dls = block(item_tfms=Resize(32, method='squish')).dataloaders(folder, bs=6, num_workers=0)
         dls = block(item_tfms=[Resize(32, method='squish')] + (tfm if isinstance(tfm, list) else [tfm])).dataloaders(folder, bs=6, num_workers=0)
         assert torch.equal(dls.valid.one_batch()[0], plain_dls.valid.one_batch()[0])

@@ -140,7 +140,6 @@ class URLs:
 # %% ../../../nbs/00_base/05_download.ipynb #b569e4ed
 class DownloadError(OSError):
     "A file that could not be fetched: the address, the reason, and where to put the file by hand"
-    reason: str = '' # the reason alone
 
 class _Part:
     "What has arrived of a file, and of which version it is a part"
@@ -199,27 +198,12 @@ def _size_to_append(headers: http.client.HTTPMessage, part: _Part) -> int:
     raise ConnectionError('the server sent another part than the one asked for')
 
 # %% ../../../nbs/00_base/05_download.ipynb #5e365784
-class _Limits:
-    "How much may arrive, and until when"
-    def __init__(self, max_bytes: int | None, max_seconds: float | None) -> None:
-        self.max_bytes, self.max_seconds = max_bytes, max_seconds
-        self.end = None if max_seconds is None else time.monotonic() + max_seconds
-
-    def check(self,
-        arrived: int, # bytes, or what the server promises
-    ) -> None:
-        "`ValueError` if that is too much, or too late"
-        if self.max_bytes is not None and arrived > self.max_bytes: raise ValueError(f'it is larger than max_bytes={self.max_bytes:,}')
-        if self.end is not None and time.monotonic() > self.end: raise ValueError(f'it took longer than {self.max_seconds:g} seconds')
-
-def _fetch(url: str, part: _Part, timeout: float, progress: bool, limits: _Limits) -> None:
+def _fetch(url: str, part: _Part, timeout: float, progress: bool) -> None:
     "One attempt to complete `part`"
     with urllib.request.urlopen(_request(url, part), timeout=timeout) as response:
         total = _prepare(response, part)
-        limits.check(total or 0)
-        with open(part.path, 'ab') as file, _bar(part.path.stem, total, file.tell(), progress) as bar:
+        with open(part.path, 'ab') as file, _bar(_file_name(url), total, file.tell(), progress) as bar:
             while chunk := response.read1(1 << 16):
-                limits.check(file.tell() + len(chunk))
                 file.write(chunk)
                 bar.update(len(chunk))
             arrived = file.tell()
@@ -239,10 +223,10 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.URLError): return isinstance(error.reason, (ConnectionResetError, ssl.SSLEOFError))
     return isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError, http.client.IncompleteRead, http.client.BadStatusLine))
 
-def _complete(url: str, part: _Part, timeout: float, retries: int, progress: bool, limits: _Limits) -> None:
+def _complete(url: str, part: _Part, timeout: float, retries: int, progress: bool) -> None:
     "As many attempts as it takes and `retries` allows"
     for attempt in range(retries + 1):
-        try: return _fetch(url, part, timeout, progress, limits)
+        try: return _fetch(url, part, timeout, progress)
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, 'code', None) == 416: part.discard() # there is no rest: what we have is none of theirs
             if attempt == retries or not _may_pass(error): raise
@@ -263,8 +247,6 @@ def download(
     retries: int = 3,               # attempts after the first one, each going on where the last one stopped
     sha256: str | None = None,      # what the file must hash to
     progress: bool = True,          # show a progress bar
-    max_bytes: int | None = None,   # a larger file is refused, as soon as that is known
-    max_seconds: float | None = None, # for all of it; no limit if not given
 ) -> Path:                          # the file, complete
     "Fetch a file completely or not at all; `DownloadError` says the reason and where to put the file by hand"
     dest = Path(dest)/_file_name(url) if Path(dest).is_dir() else Path(dest)
@@ -272,23 +254,17 @@ def download(
     try:
         if urlsplit(url).scheme not in ('http', 'https'): raise ValueError('the address begins with neither http:// nor https://')
         with locked(part.path):
-            _complete(url, part, timeout, retries, progress, _Limits(max_bytes, max_seconds))
+            _complete(url, part, timeout, retries, progress)
             _check(part, sha256)
             publish(part.path, dest)
             part.discard()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _as_download_error(error, url, dest) from error
+        raise DownloadError(f'{url} could not be downloaded: {_reason(error)}. Try again, or put the file at {dest} by hand') from error
     return dest
-
-def _as_download_error(error: Exception, url: str, dest: Path) -> DownloadError:
-    "What the user sees"
-    made = DownloadError(f'{url} could not be downloaded: {_reason(error)}. Try again, or put the file at {dest} by hand')
-    made.reason = _reason(error)
-    return made
 
 def _reason(error: Exception) -> str:
     "An error in a few words of one line"
-    if isinstance(error, urllib.error.HTTPError): return ' '.join(f'HTTP {error.code} {error.reason}'.split())
+    if isinstance(error, urllib.error.HTTPError): return f'HTTP {error.code} {error.reason}'
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return ' '.join(str(reason).split()) or type(reason).__name__
 

@@ -4,10 +4,14 @@
 
 # %% ../../../nbs/60_vision/00b_files.ipynb #725a93cf
 from __future__ import annotations
+import http.client
 import os
 import re
 import shutil
 import tempfile
+import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from fastcore.foundation import L
-from PIL import Image, ImageFile
+from PIL import Image
 
-from ..base.download import DownloadError, download
 from ..base.files import atomic_write
 from ..data.sources import get_image_files, image_extensions
 from .types import BILINEAR, NEAREST, to_mode
@@ -235,6 +238,32 @@ def _suffix_of(file: Path, url: str, check: bool) -> str:
     except Exception as error: raise ValueError(_in_words(error, file)) from error
     return suffix or {'JPEG': '.jpg', 'TIFF': '.tif'}.get(kind, f'.{kind.lower()}')
 
+_BUSY = 408, 425, 429, 500, 502, 503, 504 # answers after which another attempt may help
+_pause = 0.5                              # seconds before the second attempt, doubled with each one
+
+def _fetch(url: str, file: Path, timeout: float, max_bytes: int, end: float) -> None:
+    "One attempt: all of it, or an error as soon as it is too long or too late"
+    request = urllib.request.Request(_quoted(url), headers={'User-Agent': 'lamella'})
+    with urllib.request.urlopen(request, timeout=timeout) as response, open(file, 'wb') as opened:
+        if urlsplit(response.url).scheme not in ('http', 'https'): raise ValueError(f'the server leads to {response.url}')
+        total = int(response.headers.get('Content-Length') or 0)
+        while chunk := response.read1(1 << 16) if total <= max_bytes else b'':
+            if time.monotonic() > end: raise ValueError('it took longer than max_seconds')
+            opened.write(chunk)
+            total = max(total, opened.tell())
+            if total > max_bytes: break
+        if total > max_bytes: raise ValueError(f'it is larger than max_bytes={max_bytes:,}')
+        if opened.tell() < total: raise ConnectionError(f'the connection ended after {opened.tell():,} of {total:,} bytes')
+
+def _fetch_patiently(url: str, file: Path, timeout: float, retries: int, max_bytes: int, max_seconds: float) -> None:
+    "As many attempts as may help"
+    if urlsplit(url).scheme not in ('http', 'https'): raise ValueError('the address begins with neither http:// nor https://')
+    for attempt in range(retries + 1):
+        try: return _fetch(url, file, timeout, max_bytes, time.monotonic() + max_seconds)
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == retries or getattr(error, 'code', 503) not in _BUSY: raise
+        time.sleep(_pause * 2**attempt)
+
 def download_images(
     dest: str | os.PathLike,                    # folder for the images, made if need be
     url_file: str | os.PathLike | None = None,  # a text file with one address a line
@@ -253,7 +282,7 @@ def download_images(
     dest.mkdir(parents=True, exist_ok=True)
     addresses = _addresses(urls, url_file, max_pics)
     names = _plan_names(addresses, dest, preserve_filename)
-    options = dict(timeout=timeout, retries=retries, max_bytes=max_bytes, max_seconds=max_seconds, progress=False)
+    options = dict(timeout=timeout, retries=retries, max_bytes=max_bytes, max_seconds=max_seconds)
     with tempfile.TemporaryDirectory(prefix='.downloading.', dir=dest) as arriving:
         work = lambda job: _download_one(*job, dest, Path(arriving), check, options)
         reasons = _in_threads(work, list(zip(addresses, names)), n_workers)
@@ -264,8 +293,8 @@ def _download_one(url: str, name: str, dest: Path, arriving: Path, check: bool, 
     "Fetch one image under its name; the reason if that is not possible"
     file = arriving/name
     try:
-        download(_quoted(url), file, **options)
+        _fetch_patiently(url, file, **options)
         os.replace(file, dest/f'{name}{_suffix_of(file, url, check)}')
         return None
-    except DownloadError as error: return error.reason
-    except (OSError, ValueError) as error: return _first_line(error)
+    except urllib.error.HTTPError as error: return ' '.join(f'HTTP {error.code} {error.reason}'.split())
+    except (OSError, ValueError, http.client.HTTPException) as error: return _first_line(error)
