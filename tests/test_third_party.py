@@ -240,6 +240,14 @@ def test_on_batches(folder: Path):
     with pytest.raises(Exception, match='put it into item_tfms'): batches(A.HorizontalFlip(p=1))
 
 
+def test_order_on_batches(folder: Path):
+    "A transform that needs floats comes after they are made, if one says so"
+    with pytest.raises(Exception, match='(?s)v2.Normalize'): block(item_tfms=Resize(32), batch_tfms=v2.Normalize([0.5], [0.5])).dataloaders(folder, bs=3, num_workers=0)
+    dls = block(item_tfms=Resize(32), batch_tfms=ThirdParty(v2.Normalize([0.5], [0.5]), order=11)).dataloaders(folder, bs=6, num_workers=0)
+    plain_x = block(item_tfms=Resize(32)).dataloaders(folder, bs=6, num_workers=0).valid.one_batch()[0]
+    assert torch.allclose(dls.valid.one_batch()[0], plain_x*2 - 1, atol=1e-5)
+
+
 def test_masks_in_a_block(folder: Path):
     "Segmentation: the batch has an image and its mask, moved alike"
     mask_block = TransformBlock(type_tfms=PILMask.create, item_tfms=ToTensor, batch_tfms=IntToFloatTensor)

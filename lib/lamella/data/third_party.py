@@ -207,8 +207,9 @@ class ThirdParty(RandTransform):
     def __init__(self,
         tfm: Any,               # a transform of torchvision.transforms, torchvision.transforms.v2 or albumentations, or a `Compose` of them
         splits: str = 'auto',   # 'auto': what is random only on training samples; 'train': all of it only on them; 'both': all of it on all samples
+        order: int | None = None, # the smaller the earlier; 1 if not given. In `batch_tfms`, 11 is after the bytes have become floats
     ):
-        super().__init__()
+        super().__init__(order=order)
         tfm = tfm() if isinstance(tfm, type) else tfm
         self.tfm, self.splits, self.library = tfm, splits, library_of(tfm)
         self._made: dict[tuple, Any] = {} # for albumentations, a `Compose` for each kind of sample
@@ -246,7 +247,7 @@ class ThirdParty(RandTransform):
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again, on validation samples
         "What an exported file has to say of this transform"
         tfm = self.tfm if len(self.valid_parts) == len(self.parts) else self.valid_parts[0] if len(self.valid_parts) == 1 else self._composed_again()
-        return {'tfm': tfm, 'splits': 'both'}
+        return {'tfm': tfm, 'splits': 'both', 'order': self.order}
 
     def _composed_again(self) -> Any:
         again = copy.copy(self.tfm)
