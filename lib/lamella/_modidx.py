@@ -1743,7 +1743,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lamella.vision.types._last': ('60_vision/types.html#_last', 'lamella/vision/types.py'),
                                       'lamella.vision.types._presentable': ('60_vision/types.html#_presentable', 'lamella/vision/types.py'),
                                       'lamella.vision.types._tensor_of': ('60_vision/types.html#_tensor_of', 'lamella/vision/types.py'),
-                                      'lamella.vision.types.image2tensor': ('60_vision/types.html#image2tensor', 'lamella/vision/types.py'),
-                                      'lamella.vision.types.verify_image': ('60_vision/types.html#verify_image', 'lamella/vision/types.py'),
-                                      'lamella.vision.types.verify_images': ( '60_vision/types.html#verify_images',
-                                                                              'lamella/vision/types.py')}}}
+                                      'lamella.vision.types.image2tensor': ( '60_vision/types.html#image2tensor',
+                                                                             'lamella/vision/types.py')}}}
