@@ -85,6 +85,7 @@ def describe_failure(
     value: Any,           # what the transform was given
 ) -> BaseException:       # the same error
     "Say which transform failed on what"
+    if not hasattr(error, 'failed_transform'): error.failed_transform = transform # type: ignore[attr-defined]
     return add_context(error, f'in the transform {transform!r}, given {describe_value(value)}')
 
 # %% ../../../nbs/10_data/05_pipeline.ipynb #1fdfda88
