@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import default_collate
 
 from ..base.nested import map_nested
@@ -160,6 +161,13 @@ class GuardedReader:
     def __init__(self,
         reader: BatchReader, # the reader
     ): self.reader = reader
+
+    def __getstate__(self) -> dict[str, Any]: # PyTorch 2.x cannot send a torch.Generator to a process that is started afresh; a plain pickle can
+        has_generator = any(isinstance(o, torch.Generator) for o in self.reader.generators)
+        return {'packed': pickle.dumps(self.reader)} if has_generator else {'reader': self.reader}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.reader = pickle.loads(state['packed']) if 'packed' in state else state['reader']
 
     def __getitem__(self, plan: BatchPlan) -> Any:
         try: return self.reader.read(plan)

@@ -5,6 +5,7 @@
 # %% ../../../nbs/10_data/07_workers.ipynb #c23b6c8f
 from __future__ import annotations
 import pickle
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,8 +105,9 @@ class Workers:
         try: yield from batches
         except RuntimeError as error:
             if 'DataLoader' not in str(error): raise
-            self._torch_loader = None
-            raise DataError(_why_it_died(str(error), self.method)) from error
+            self._torch_loader, codes = None, [o.exitcode for o in getattr(batches, '_workers', ())]
+            killed = [signal.Signals(-o).name for o in codes if o is not None and o < 0]
+            raise DataError(_why_it_died(' '.join([str(error).strip(), *killed[:1]]), self.method)) from error
 
     def _usable(self, reader: BatchReader) -> int:
         "0 where the reader cannot be sent to another process; the message names what cannot"
@@ -119,8 +121,8 @@ class Workers:
 def _why_it_died(message: str, method: str) -> str:
     "What to try"
     if 'timed out' in message: return f'{message.strip()}\n  A worker process took longer than timeout=... for a batch: give it more time, or look for an item that is slow to read (num_workers=0 shows where).'
-    if 'Bus error' in message: way = 'Shared memory ran out: give the container more of it (docker run --shm-size=8g), or use fewer workers.'
-    elif 'killed' in message.lower(): way = 'Most often memory ran out: try fewer num_workers, a smaller bs, a smaller prefetch_factor.'
+    if 'Bus error' in message or 'SIGBUS' in message: way = 'Shared memory ran out: give the container more of it (docker run --shm-size=8g), or use fewer workers.'
+    elif 'killed' in message.lower() or 'SIGKILL' in message: way = 'Most often memory ran out: try fewer num_workers, a smaller bs, a smaller prefetch_factor.'
     else: way = 'It ended by itself: num_workers=0 shows its error here.'
     spawned = " Where processes are started afresh, a script has to begin its work under `if __name__ == '__main__':`." if method != 'fork' else ''
     return f'a worker process that reads batches died ({message.strip()})\n  {way}{spawned}'
