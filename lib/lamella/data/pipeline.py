@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.errors import add_context, context_of, describe_value
 from ..base.nested import as_list
-from .transform import Transform
+from .transform import Transform, _keep_type
 
 # %% auto #0
 __all__ = ['as_transform', 'Pipeline', 'describe_failure', 'DataError', 'data_error']
@@ -24,6 +24,64 @@ def as_transform(
     if isinstance(func, Transform): return func
     if not callable(func): raise TypeError(f'a transform is a function or a Transform, not {func!r}')
     return Transform(func)
+
+class _Run:
+    "Neighbours that map each value for itself, as one: what they do with the types at hand is found out once, and done without asking again"
+    def __init__(self, fs: list[Transform]):
+        self.fs = fs
+        self.traces: dict[Any, list[tuple]] = {} # for the types of a sample: (number of the transform, place of the value, function, type it returns, cast)
+
+    def __getstate__(self) -> dict[str, Any]: return {'fs': self.fs, 'traces': {}}
+
+    def __call__(self, x: Any) -> Any:
+        several = type(x) is tuple
+        trace = self.traces.get(tuple(map(type, x)) if several else type(x))
+        if trace is None: return self._generic(x, [], tuple(map(type, x)) if several else type(x))
+        values, n = list(x) if several else [x], 0
+        try:
+            for n, i, func, kind, cast in trace:
+                value = func(values[i])
+                if type(value) is not kind: break
+                values[i] = value if cast is None else cast(value)
+            else: return tuple(values) if several else values[0]
+        except Exception as error: raise describe_failure(error, self.fs[n], tuple(values) if several else values[0])
+        return self._without_trace(n, i, value, values, several)
+
+    def _without_trace(self, n: int, i: int, value: Any, values: list, several: bool) -> Any:
+        "This time, value `i` became another type in transform `n`: go on step by step"
+        f = self.fs[n]
+        try:
+            values[i] = _keep_type(value, values[i], f.handler(type(values[i]))[1])
+            for k in range(i + 1, len(values)): values[k] = f(values[k])
+        except Exception as error: raise describe_failure(error, f, tuple(values) if several else values[0])
+        return self._generic(tuple(values) if several else values[0], [], None, n + 1)
+
+    def _generic(self, x: Any, trace: list, key: Any, first: int = 0) -> Any:
+        "Step by step; what happens is written down"
+        several, values = type(x) is tuple, list(x) if type(x) is tuple else [x]
+        for n in range(first, len(self.fs)):
+            try: self._one(n, values, trace)
+            except Exception as error: raise describe_failure(error, self.fs[n], tuple(values) if several else values[0])
+        if key is not None: self.traces[key] = trace
+        return tuple(values) if several else values[0]
+
+    def _one(self, n: int, values: list, trace: list) -> None:
+        for i, value in enumerate(values):
+            func, returned = self.fs[n].handler(type(value))
+            if func is None: continue
+            result = func(value)
+            trace.append((n, i, func, type(result), _caster(type(result), type(value), returned)))
+            values[i] = _keep_type(result, value, returned)
+
+def _caster(made: type, given: type, wanted: type | None) -> Any:
+    "What gives a result the right type: `_keep_type`, decided by types alone"
+    if wanted is not None: return None if issubclass(made, wanted) else wanted.cast # type: ignore[attr-defined]
+    return given.cast if made is not given and hasattr(given, 'cast') and issubclass(given, made) else None # type: ignore[attr-defined]
+
+def _is_plain(f: Any) -> bool:
+    "Does it map each value for itself, for training and validation alike?"
+    same = all(getattr(type(f), name, None) is getattr(Transform, name) for name in ('__call__', '_apply', '_apply_one'))
+    return same and not f.whole and f.split_idx is None and type(f).fuse is None
 
 class Pipeline:
     "Transforms in their order, as one"
@@ -53,7 +111,8 @@ class Pipeline:
         "Add transforms, each at the place that its `order` says"
         self.fs = sorted(self.fs + [as_transform(f) for f in as_list(funcs)], key=lambda f: f.order)
         self._steps = []
-        for fuse, run in itertools.groupby(self.fs, key=lambda f: type(f).fuse): self._steps += list(run) if fuse is None else [fuse(list(run))]
+        for (fuse, plain), run in itertools.groupby(self.fs, key=lambda f: (type(f).fuse, _is_plain(f))):
+            self._steps += [_Run(list(run))] if plain else list(run) if fuse is None else [fuse(list(run))]
         return self
 
     def __call__(self,
@@ -61,6 +120,9 @@ class Pipeline:
     ) -> Any:   # transformed by all
         "Encode `x`; an error says which transform failed, and on what"
         for f in self._steps:
+            if type(f) is _Run:
+                x = f(x)
+                continue
             try: x = f(x, self.split_idx)
             except Exception as error: raise describe_failure(error, f, x)
         return x

@@ -81,7 +81,8 @@ class _TransformMeta(type):
     def __new__(cls, name: str, bases: tuple, namespace: _Definitions, **kwargs: Any) -> _TransformMeta:
         made = super().__new__(cls, name, bases, dict(namespace), **kwargs)
         inherited = {verb: [f for base in reversed(bases) for f in getattr(base, '_verbs', {}).get(verb, [])] for verb in _VERBS}
-        made._verbs = {verb: inherited[verb] + namespace.verbs[verb] for verb in _VERBS}
+        own = getattr(namespace, 'verbs', None) or {verb: as_list(namespace.get(verb)) for verb in _VERBS} # a class made by `type(name, bases, dict)`
+        made._verbs = {verb: inherited[verb] + own[verb] for verb in _VERBS}
         return made
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -177,6 +178,13 @@ class Transform(metaclass=_TransformMeta):
         if func is None: return x
         result = func(x)
         return result if type(result) is kind and returned is None else _keep_type(result, x, returned)
+
+    def handler(self,
+        kind: type, # type of a value
+    ) -> tuple[Callable | None, type | None]: # the function, or `None` if values of this type pass through; the type that it says it returns
+        "What encodes a value of class `kind`"
+        found = self._handlers['encodes'].get(kind)
+        return self._find('encodes', kind) if found is None else found
 
     def _find(self, verb: str, kind: type) -> tuple[Callable | None, type | None]:
         "Look up, once, what handles `kind`"
