@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader as TorchLoader
 from lamella.data.balance import balanced_order
 from lamella.data.loader import DataLoader
 from lamella.data.order import Shuffled, Weighted
-from lamella.vision.all import CategoryBlock, DataBlock, DataLoaders, Datasets, IndexSplitter, Learner, Transform, TransformBlock
+from lamella.vision.all import (CategoryBlock, DataBlock, DataError, DataLoaders, Datasets, ImageBlock, IndexSplitter, Learner, RandomResizedCrop, RandomSplitter, TensorImage,
+    Transform, TransformBlock, aug_transforms, get_image_files, parent_label)
 
 
 class Numbers:
@@ -278,3 +279,41 @@ def test_weights_of_fastai_draw_the_same_shares():
     ours = np.mean([np.bincount(Weighted(weights).draw(1, e), minlength=50) for e in range(400)], 0)
     expected = weights / weights.sum() * 50
     assert np.abs(ours - expected).max() < .15
+
+
+# ---- explain
+
+class Centred(Transform):
+    "A user's transform of a batch, which forgets to say that it comes after IntToFloatTensor"
+    def encodes(self, x: TensorImage): return x - torch.mean(x)
+
+
+def photo_loaders(photos, **kwargs):
+    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(seed=1), item_tfms=RandomResizedCrop(32),
+        batch_tfms=aug_transforms(), **kwargs)
+    return block.dataloaders(photos, bs=4, num_workers=0, device='cpu')
+
+
+def test_explain_tells_what_handled_each_field(photos, capsys):
+    dls = photo_loaders(photos)
+    state = torch.get_rng_state(), dls.train.state_dict()
+    found = dls.explain()
+    assert torch.equal(torch.get_rng_state(), state[0]) and dls.train.state_dict() == state[1]
+    assert repr(found) in capsys.readouterr().out and 'RandomResizedCrop' in found._repr_html_()
+    rows = {(o.stage, o.transform, o.field): o for o in found}
+    assert rows['item', 'ToTensor', '0'].after == 'TensorImage (3, 32, 32) uint8' and rows['item', 'ToTensor', '1'].handled_by == 'passes through'
+    assert rows['type', 'parent_label', '1'].after in ("'cat'", "'dog'") and 'random' in rows['item', 'RandomResizedCrop', '0'].when
+    batch = [o for o in found if o.stage == 'batch' and o.field == '0']
+    assert {o.fused for o in batch} == {'pass 1'} and batch[-1].after.endswith('float32') and not found.hints
+    assert len(found.table()) == len(found)
+
+
+def test_a_batch_transform_that_comes_too_early_is_hinted_at(photos):
+    dls = photo_loaders(photos)
+    dls.train.after_batch.add(Centred())
+    with pytest.raises(DataError, match=r'(?s)Centred.*before IntToFloatTensor.*order=11'): dls.one_batch()
+    class Silent(Transform):
+        def encodes(self, x: TensorImage): return x
+    dls = photo_loaders(photos)
+    dls.add_tfms(Silent())
+    assert 'Silent is given whole numbers' in dls.explain(show=False).hints[0]

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/10_data/09_loaders.ipynb #806d132d
 from __future__ import annotations
+import builtins
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from ..base.devices import default_device, resolve_device
 from ..base.nested import to_device
+from .explain import Explanation, explain_loader
 from .failures import BadItem, Failures
 from .loader import DataLoader
 
@@ -115,6 +117,15 @@ class DataLoaders:
         if not hasattr(self.valid_ds, 'test_set'):
             raise TypeError(f'test_dl needs loaders made by a DataBlock or Datasets; this dataset is a {type(self.valid_ds).__name__}. Give a loader of your own instead.')
         return self.valid.new(self.valid_ds.test_set(test_items, with_labels), **{'drop_last': False, 'on_error': 'raise', **kwargs})
+
+    def explain(self,
+        dl_idx: int = 0,     # which of the loaders
+        show: bool = True,   # print it (in a notebook, the returned table shows itself)
+    ) -> Explanation:        # a table in notebooks; `table()` is a DataFrame
+        "Which transform handled which field of a sample and of a batch"
+        explained = explain_loader(self.loaders[dl_idx])
+        if show and 'get_ipython' not in vars(builtins): print(explained)
+        return explained
 
     def failed_items(self) -> pd.DataFrame: # columns: file, reason, epoch, index, loader
         "What could not be read until now, with `on_error='skip'` or `'replace'`"

@@ -19,7 +19,7 @@ from ..base.registry import did_you_mean, register
 from .labels import function_name
 
 # %% auto #0
-__all__ = ['find_handler', 'Transform', 'ItemTransform', 'RandTransform']
+__all__ = ['accepted_types', 'find_handler', 'Transform', 'ItemTransform', 'RandTransform']
 
 # %% ../../../nbs/10_data/04_transform.ipynb #a82a444f
 _VERBS = ('encodes', 'decodes', 'setups')
@@ -34,7 +34,7 @@ class _Definitions(dict):
         if key in _VERBS and callable(value): self.verbs[key].append(value)
         super().__setitem__(key, value)
 
-def _accepted_types(
+def accepted_types(
     func: Callable,        # an `encodes`, or any function of one value
 ) -> tuple[tuple[type, ...], type | None]: # (types of its first argument, type that it returns or `None`)
     "Read the annotations of a function"
@@ -56,7 +56,7 @@ def find_handler(
     "The function whose annotation is nearest to `kind`"
     found, nearest = None, len(kind.__mro__)
     for func in functions:
-        accepted, returned = _accepted_types(func)
+        accepted, returned = accepted_types(func)
         ranks = [kind.__mro__.index(o) for o in accepted if o in kind.__mro__]
         if ranks and min(ranks) <= nearest: found, nearest = (func, returned), min(ranks)
     return found
