@@ -13,7 +13,9 @@ from ..base.registry import checked_keywords
 from .blocks import TransformBlock
 from .datasets import Datasets, get_item
 from .labels import function_name
+from .loader import refused_keywords
 from .loaders import DataLoaders
+from .making import loader_keywords
 from .splitters import RandomSplitter, Splitter
 from .pipeline import Pipeline, as_transform, describe_value
 from .transform import Transform
@@ -98,7 +100,8 @@ class DataBlock:
         tfms = [] if getter is None else [_Getter(getter)]
         return Pipeline(tfms + [_fresh(f) for f in block.type_tfms])
 
-    @checked_keywords
+    @refused_keywords
+    @loader_keywords
     def dataloaders(self,
         source: Any,                         # a folder, a table, a list
         path: str | os.PathLike = '.',       # where the learner keeps its files
@@ -110,19 +113,38 @@ class DataBlock:
         device: Any = None,                  # where batches go; the default device if not given
         drop_last: bool | None = None,       # leave out a last training batch that is not full; yes if not given
         seed: int | None = None,             # decides order and randomness; follows `set_seed` if not given
-        pin_memory: bool | None = None,      # page-locked memory; on a GPU if not given
-        persistent_workers: bool | None = None, # keep the processes between epochs
+        on_error: str = 'raise',             # an item that cannot be read: 'raise', 'skip', or 'replace' it by another
+        balance: Any = None,                 # `True`: each class equally often; a dictionary of shares; a column or function of the items
+        n: int | None = None,                # training samples an epoch; all of them if not given
         item_tfms: Any = None,               # in place of those of this DataBlock
         batch_tfms: Any = None,              # in place of those of this DataBlock
+        **kwargs: Any,                       # other arguments of `Datasets.dataloaders` and `DataLoader`
     ) -> DataLoaders:                        # training and validation
         "Loaders of the samples in `source`; a sample and a small batch of each are tried"
-        if item_tfms is not None or batch_tfms is not None: return self.new(item_tfms, batch_tfms).dataloaders(source, path, verbose, bs, val_bs, shuffle,
-            num_workers, device, drop_last, seed, pin_memory, persistent_workers)
-        dls = self.datasets(source, verbose).dataloaders(bs=bs, val_bs=val_bs, shuffle=shuffle, path=path, device=device, num_workers=num_workers,
-            after_item=self.item_tfms, after_batch=self.batch_tfms, drop_last=drop_last, seed=seed, dl_type=self.dl_type,
-            **{'pin_memory': pin_memory, 'persistent_workers': persistent_workers, **self.dls_kwargs})
+        block = self.new(item_tfms, batch_tfms) if item_tfms is not None or batch_tfms is not None else self
+        given = dict(bs=bs, val_bs=val_bs, shuffle=shuffle, num_workers=num_workers, device=device, drop_last=drop_last, seed=seed, on_error=on_error, balance=balance, n=n)
+        own = dict(after_item=block.item_tfms, after_batch=block.batch_tfms, dl_type=block.dl_type)
+        dls = block.datasets(source, verbose).dataloaders(path=path, **{**given, **own, **self.dls_kwargs, **kwargs})
         for dl in dls: dl.try_out()
         return dls
+
+    def weighted_dataloaders(self,
+        source: Any,           # a folder, a table, a list
+        wgts: Sequence[float], # one for each item, or for each training item
+        bs: int = 64,          # samples a batch
+        **kwargs: Any,         # other arguments of `dataloaders`
+    ) -> DataLoaders:          # training and validation
+        "Training samples drawn by their weights"
+        return self.dataloaders(source, bs=bs, weights=wgts, **kwargs)
+
+    def partial_dataloaders(self,
+        source: Any,    # a folder, a table, a list
+        partial_n: int, # training samples an epoch
+        bs: int = 64,   # samples a batch
+        **kwargs: Any,  # other arguments of `dataloaders`
+    ) -> DataLoaders:   # training and validation
+        "Epochs of `partial_n` samples"
+        return self.dataloaders(source, bs=bs, n=partial_n, **kwargs)
 
     def summary(self,
         source: Any,                # a folder, a table, a list

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ..base.nested import as_list
-from .loader import DataLoader
-from .loaders import DataLoaders
+from .making import MakesLoaders
 from .pipeline import DataError, Pipeline, data_error, describe_value
 from .transform import Transform
 
@@ -57,7 +56,7 @@ class _FieldValues:
     def __iter__(self) -> Iterator[Any]: return (self[i] for i in range(len(self)))
 
 # %% ../../../nbs/10_data/10_datasets.ipynb #b2b84735
-class Datasets:
+class Datasets(MakesLoaders):
     "Samples made of items: one pipeline a field"
     def __init__(self,
         items: Any,                                  # list, DataFrame, array, dataset
@@ -108,38 +107,6 @@ class Datasets:
         "One of the splits"
         if not 0 <= i < len(self.splits): raise IndexError(f'there are {len(self.splits)} splits, and number {i} is none of them')
         return Datasets(self.items, self.fields, self.splits, self.n_inp, do_setup=False, split_idx=i)
-
-    def dataloaders(self,
-        bs: int = 64,                                  # samples a batch
-        val_bs: int | None = None,                     # samples a validation batch; `bs` if not given
-        shuffle: bool = True,                          # shuffle the training set
-        shuffle_train: bool | None = None,             # another name for `shuffle`
-        path: str | os.PathLike = '.',                 # where the learner keeps its files
-        device: torch.device | str | None = None,      # where batches go; the default device if not given
-        num_workers: int | None = None,                # processes that read samples; one a core if not given
-        after_item: Any = None,                        # transforms of a sample, in the worker
-        before_batch: Any = None,                      # transforms of the list of samples of a batch
-        after_batch: Any = None,                       # transforms of a batch, on the device
-        drop_last: bool | None = None,                 # leave out a last training batch that is not full; yes if not given
-        seed: int | None = None,                       # decides order and randomness; follows `set_seed` if not given
-        dl_type: type[DataLoader] | None = None,       # class of the loaders
-        **kwargs: Any,                                 # other arguments of `DataLoader`
-    ) -> DataLoaders:                                  # training, validation, ...
-        "A loader for each split; only that of the training set is shuffled"
-        shared = dict(num_workers=num_workers, after_item=after_item, before_batch=before_batch, after_batch=after_batch, seed=seed, device=device, **kwargs)
-        shuffle = shuffle if shuffle_train is None else shuffle_train
-        loaders = []
-        for i in range(self.n_subsets):
-            own = dict(bs=bs, shuffle=shuffle, drop_last=shuffle if drop_last is None else drop_last) if i == 0 else dict(bs=val_bs or bs)
-            loaders.append((dl_type or DataLoader)(self.subset(i), **own, **shared))
-        dls = DataLoaders(*loaders, path=path, device=device)
-        dls.setup_tfms()
-        return dls
-
-    @property
-    def n_subsets(self) -> int: # 2, almost always
-        "How many splits there are"
-        return len(self.splits)
 
     @property
     def train(self) -> Datasets: # split 0

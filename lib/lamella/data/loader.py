@@ -4,41 +4,61 @@
 
 # %% ../../../nbs/10_data/08_loader.ipynb #1f7eff37
 from __future__ import annotations
-import pickle
-import warnings
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import IterableDataset
 
-from ..base.devices import default_workers, start_method
-from ..base.nested import find_bs, map_nested, to_device
+from ..base.devices import default_workers
+from ..base.nested import map_nested, to_device
 from ..base.registry import checked_keywords
 from ..base.seeds import derive_seed, keep_random_states, seed_all, seed_generation
+from .decoding import Decoding, types_of, with_types
+from .failures import Failures, Tally, check_policy
+from .generators import find_generators, keep_generators, seed_generators
+from .order import BatchPlan, Order, Sampled, Shuffled, Weighted, make_plans
 from .pipeline import Pipeline, data_error, describe_value
-from .reading import BatchPlan, BatchReader, Failure, GuardedReader, collate
+from .reading import BatchReader, Failure, StreamReader, collate
 from .transform import RandTransform
-from .types import TensorBase, plain
+from .types import plain
+from .workers import Workers
 
 # %% auto #0
-__all__ = ['TfmdDL', 'DataLoader']
+__all__ = ['INSTEAD', 'TfmdDL', 'refused_keywords', 'DataLoader']
 
 # %% ../../../nbs/10_data/08_loader.ipynb #06aa871a
-def _identity(x: Any) -> Any: return x
+INSTEAD = {
+    'create_batch': 'collate_fn=..., a function from a list of samples to a batch',
+    'do_batch': 'before_batch=... (transforms of the list of samples) or collate_fn=...',
+    'create_item': "the dataset's __getitem__, or after_item=... for what is done to a sample",
+    'do_item': "the dataset's __getitem__, or after_item=... for what is done to a sample",
+    'create_batches': 'the dataset (one that is iterated may give whatever it likes) or batch_sampler=...',
+    'retain': 'nothing: batches are plain tensors, and `typed` gives their types back',
+    'get_idxs': 'sampler=..., any iterable of indices', 'shuffle_fn': 'sampler=..., any iterable of indices', 'sample': 'sampler=..., any iterable of indices',
+    'before_iter': 'a Callback (before_train, before_validate)', 'after_iter': 'a Callback (after_train, after_validate)',
+    'pin_memory_device': 'device=...', 'fake_l': 'num_workers=...', 'do_setup': "setup_tfms of the DataLoaders; a loader alone sets nothing up", 'verbose': 'DataBlock.summary',
+}
 
-class _Plans:
-    "The plans of one epoch, as PyTorch's loader wants them"
-    def __init__(self) -> None: self.plans: list[BatchPlan] = []
-    def __iter__(self) -> Iterator[BatchPlan]: return iter(self.plans)
-    def __len__(self) -> int: return len(self.plans)
+def refused_keywords(
+    func: Callable, # takes arguments of a loader
+) -> Callable:      # the same
+    "Decorator: an argument of fastai's loaders that has no place here is an error that says what has"
+    @functools.wraps(func)
+    def _checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() & INSTEAD.keys(): raise TypeError(f"'{name}' is an argument of fastai's loader; lamella's takes {INSTEAD[name]} instead")
+        return func(*args, **kwargs)
+    return _checked
 
-class DataLoader:
+# %% ../../../nbs/10_data/08_loader.ipynb #179307ec
+class DataLoader(Decoding):
     "Batches of a dataset, transformed on the device, in an order and with a randomness that follow from one seed"
+    @refused_keywords
     @checked_keywords
     def __init__(self,
-        dataset: Any,                                  # has `__len__` and `__getitem__`
+        dataset: Any,                                  # has `__len__` and `__getitem__`, or can be iterated
         bs: int = 64,                                  # samples a batch
         shuffle: bool = False,                         # a new order each epoch
         num_workers: int | None = None,                # processes that read samples; one a core if not given
@@ -50,24 +70,44 @@ class DataLoader:
         seed: int | None = None,                       # decides the order and the randomness; follows `set_seed` if not given
         split_idx: int | None = None,                  # 0: training, 1: validation; that of the dataset if not given
         sampler: Any = None,                           # iterable of indices, in place of `shuffle`
-        collate_fn: Callable[[list], Any] = collate,   # from a list of samples to a batch
+        collate_fn: Callable[[list], Any] | None = None, # from a list of samples to a batch
         pin_memory: bool | None = None,                # page-locked memory, for fast copies; on a GPU if not given
         persistent_workers: bool | None = None,        # keep the processes between epochs; where starting them is slow if not given
         batch_size: int | None = None,                 # PyTorch's name for `bs`
+        on_error: str = 'raise',                       # a sample that cannot be read: 'raise', 'skip', or 'replace' it by another
+        n: int | None = None,                          # samples an epoch; all of them if not given
+        weights: Sequence[float] | None = None,        # how often each sample is drawn, in relation to the others
+        batch_sampler: Any = None,                     # iterable of lists of indices, in place of `bs` and `shuffle`
+        worker_init_fn: Callable[[int], Any] | None = None, # called in each worker process with its number
+        wif: Callable[[int], Any] | None = None,       # fastai's name for `worker_init_fn`
+        generator: torch.Generator | None = None,      # `seed` is drawn from it
+        timeout: float = 0.,                           # seconds to wait for a worker's batch; 0: for ever
+        prefetch_factor: int | None = None,            # batches that each worker makes ahead; 2 if not given
+        multiprocessing_context: Any = None,           # 'fork', 'spawn', 'forkserver', or a context of `multiprocessing`
+        indexed: bool | None = None,                   # whether samples are asked for by index; found out if not given
     ):
-        bs = bs if batch_size is None else batch_size
-        self.dataset, self.bs, self.shuffle, self.drop_last, self.sampler = dataset, bs, shuffle, drop_last, sampler
+        self.dataset, self.bs, self.drop_last, self.on_error = dataset, bs if batch_size is None else batch_size, drop_last, check_policy(on_error)
+        self.is_stream = _is_stream(dataset) if indexed is None else not indexed
         self.split_idx = split_idx if split_idx is not None else getattr(dataset, 'split_idx', None)
-        self.num_workers = default_workers() if num_workers is None else num_workers
         self.after_item, self.before_batch, self.after_batch = (Pipeline(o, self.split_idx) for o in (after_item, before_batch, after_batch))
-        self.device = None if device is None else torch.device(device)
-        self.collate_fn, self.pin_memory, self.persistent_workers = collate_fn, pin_memory, persistent_workers
-        self.input_types: tuple[type | None, ...] | None = None  # of the fields, before `after_batch`
-        self.output_types: tuple[type | None, ...] | None = None # and after it
-        self._fixed_seed = seed
-        self._torch_loader: TorchLoader | None = None
-        self._made_of: list = []
+        self.device, self.collate_fn, self.pin_memory = None if device is None else torch.device(device), collate_fn or collate, pin_memory
+        self._order_args = dict(shuffle=shuffle, sampler=sampler, batch_sampler=batch_sampler, weights=weights, n=n)
+        self.workers = Workers(self._n_workers(num_workers), persistent_workers, worker_init_fn or wif, timeout, prefetch_factor, multiprocessing_context)
+        self._fixed_seed = seed if generator is None else int(torch.randint(2**31, (1,), generator=generator))
+        self.input_types, self.output_types, self.failures = None, None, Failures()
+        self._begin()
+
+    def _begin(self) -> None:
+        "Check what was given together, and count from 0"
+        if self.bs < 1: raise ValueError(f'a batch of bs={self.bs} samples')
+        self.order = None if self.is_stream else _order(len(self.dataset), **self._order_args)
+        for name in ('shuffle', 'sampler', 'batch_sampler', 'weights') if self.is_stream else ():
+            if self._order_args[name] not in (None, False): raise ValueError(f'{type(self.dataset).__name__} can only be iterated, so that its order is its own: it cannot be changed with {name}=...')
+        if self.is_stream and self.on_error == 'replace': raise ValueError("on_error='replace' needs a dataset with indices; a stream cannot be asked for another sample. Use 'skip'")
         self._restart()
+
+    def _n_workers(self, given: int | None) -> int:
+        return 0 if self.is_stream else default_workers() if given is None else given
 
     def _restart(self) -> None:
         "Begin to count epochs anew, with the seed of now"
@@ -78,32 +118,33 @@ class DataLoader:
         else: self.seed = int(torch.randint(2**31, (1,)))
         self.epoch, self.first_batch, self._peeks = 0, 0, 0
 
-    # ---- size
+    # ---- size and order
 
     @property
-    def n(self) -> int: # samples in the dataset, or in the sampler
+    def num_workers(self) -> int: # 0: this process reads
+        "How many processes read samples"
+        return self.workers.num_workers
+
+    @property
+    def shuffle(self) -> bool: # also if a sampler or weights decide
+        "Is the order of an epoch another one than that of the dataset?"
+        return any(o is not None and o is not False for o in self._order_args.values())
+
+    @property
+    def n(self) -> int: # samples; `TypeError` for a stream whose length nobody knows
         "How many samples an epoch has"
-        return len(self.dataset if self.sampler is None else self.sampler)
+        if self.order is not None: return self.order.n
+        if self._order_args['n'] is not None: return self._order_args['n']
+        if hasattr(self.dataset, '__len__'): return len(self.dataset)
+        raise TypeError(f'nobody knows how many samples {type(self.dataset).__name__} gives: say with n=... how many an epoch has')
 
-    def __len__(self) -> int:
-        full, rest = divmod(self.n, self.bs)
-        return full + (1 if rest and not (self.drop_last and full) else 0)
-
-    # ---- order
-
-    def _order(self, epoch: int) -> Sequence[int]:
-        "The indices of an epoch"
-        if self.sampler is not None: return list(self.sampler)
-        if not self.shuffle: return range(self.n)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 'order'))
-        return torch.randperm(self.n, generator=generator).tolist()
+    def __len__(self) -> int: return (self.order or Order(self.n)).count(self.bs, self.drop_last)
 
     def plans(self,
         epoch: int, # counted from 0
     ) -> list[BatchPlan]: # one for each batch
         "The plans of the batches of an epoch"
-        order = self._order(epoch)
-        return [BatchPlan(self.seed, epoch, k, list(order[k * self.bs:(k + 1) * self.bs])) for k in range(len(self))]
+        return make_plans(self.order, self.seed, epoch, self.bs, self.drop_last, self.on_error == 'replace')
 
     # ---- iteration
 
@@ -111,52 +152,42 @@ class DataLoader:
         if self._fixed_seed is None and self._seed_state != seed_generation(): self._restart()
         epoch, first, self.first_batch = self.epoch, self.first_batch, 0
         if self.split_idx != 1: self.epoch += 1
+        if self.is_stream: return self._finished(self._streamed(epoch, first), 1)
         plans = self.plans(epoch)[first:]
-        return (self.finish(batch, plan) for batch, plan in zip(self._read(plans), plans))
+        return self._finished(zip(self.workers.read(self._reader(), plans, self._pins()), plans), sum(len(o.indices) for o in plans))
+
+    def _finished(self, batches: Iterator, expected: int) -> Iterator[tuple]:
+        "Batches on the device; what could not be read is counted, and told at the end"
+        tally = Tally(self.on_error, expected)
+        for read, plan in batches:
+            if isinstance(read, Failure): read.throw()
+            self.failures += read.bad
+            tally.add(read.tried, read.bad)
+            if read.batch is not None: yield self.finish(read.batch, plan)
+        tally.report()
 
     def _reader(self) -> BatchReader:
-        return BatchReader(self.dataset, self.after_item, self.before_batch, self.collate_fn)
+        return (StreamReader if self.is_stream else BatchReader)(self.dataset, self.after_item, self.before_batch, self.collate_fn, self.on_error)
 
-    def _read(self, plans: list[BatchPlan]) -> Iterator[Any]:
-        "Read batches, here or in worker processes"
-        reader = self._reader()
-        workers = min(self._usable_workers(reader), len(plans))
-        if workers == 0: return (reader[plan] for plan in plans)
-        made_of = [id(f) for f in (*self.after_item.fs, *self.before_batch.fs)] + [id(self.dataset), self._pins(), workers]
-        if self._torch_loader is None or not self._keeps_workers() or made_of != self._made_of:
-            self._made_of = made_of
-            self._torch_loader = TorchLoader(GuardedReader(reader), batch_size=None, sampler=_Plans(), num_workers=workers, collate_fn=_identity,
-                pin_memory=self._pins(), generator=torch.Generator(), # PyTorch draws a seed each epoch: not from ours
-                multiprocessing_context=start_method(), persistent_workers=self._keeps_workers())
-        self._torch_loader.sampler.plans = plans
-        return iter(self._torch_loader)
-
-    def _usable_workers(self, reader: BatchReader) -> int:
-        "0 where the dataset cannot be sent to another process; the message names what cannot"
-        if self.num_workers == 0 or start_method() == 'fork': return self.num_workers
-        try: pickle.dumps(reader)
-        except Exception as error:
-            warnings.warn(f'loading without worker processes, because something cannot be sent to them: {error}. '
-                          'Functions that are defined at the top level of a module can; a lambda cannot.', stacklevel=3)
-            self.num_workers = 0
-        return self.num_workers
-
-    def _keeps_workers(self) -> bool: return start_method() != 'fork' if self.persistent_workers is None else self.persistent_workers
+    def _streamed(self, epoch: int, first: int = 0) -> Iterator:
+        return ((read, plan) for plan, read in self._reader().batches(self.seed, epoch, self.bs, self._order_args['n'], self.drop_last) if plan.number >= first)
 
     def _pins(self) -> bool:
         return self.device is not None and self.device.type == 'cuda' if self.pin_memory is None else self.pin_memory
 
     def finish(self,
-        batch: Any,      # what the reader made, or a `Failure`
+        batch: Any,      # what the reader made
         plan: BatchPlan, # what it was made from
     ) -> Any:            # plain tensors on the device
         "The second half of a batch's way, in the main process: to the device, through the batch transforms"
-        if isinstance(batch, Failure): batch.throw()
         if self.device is not None: batch = to_device(batch, self.device)
         if not len(self.after_batch): return batch
         if not self._draws(): return self._transform(batch, plan)
-        with keep_random_states():
-            seed_all(derive_seed(plan.seed, plan.epoch, 'batch', plan.number))
+        generators = find_generators(self.after_batch)
+        with keep_random_states(), keep_generators(generators):
+            seed = derive_seed(plan.seed, plan.epoch, 'batch', plan.number)
+            seed_all(seed)
+            seed_generators(generators, seed)
             return self._transform(batch, plan)
 
     def _draws(self) -> bool:
@@ -164,15 +195,20 @@ class DataLoader:
         return any(isinstance(f, RandTransform) or f.enc is not None for f in self.after_batch.fs)
 
     def _transform(self, batch: tuple, plan: BatchPlan) -> tuple:
-        if self.input_types is None: self._learn_types(plan.indices[0])
-        try: typed = self.after_batch(_with_types(batch, self.input_types))
+        if self.input_types is None: self.learn_types(plan)
+        try: typed = self.after_batch(with_types(batch, self.input_types))
         except Exception as error: raise data_error(f'batch {plan.number} {describe_value(batch)}', error) from error
-        self.output_types = _types_of(typed)
+        self.output_types = types_of(typed)
         return map_nested(plain, typed)
 
-    def _learn_types(self, i: int) -> None:
-        "The types of the fields are those of a sample"
-        with keep_random_states(): self.input_types = _types_of(self._reader().sample(BatchPlan(self.seed, 0, 0, [i]), i))
+    def learn_types(self,
+        plan: BatchPlan | None = None, # whose samples to look at; those of a first batch if not given
+    ) -> None:
+        "The types of the fields are those of the first sample that can be read"
+        reader, epoch = self._reader(), 0 if plan is None else plan.epoch
+        with keep_random_states():
+            if self.is_stream: self.input_types = types_of(next(iter(reader.samples(self.seed, epoch))))
+            else: self.input_types = types_of(reader.first_sample(plan or self.plans(-1)[0]))
 
     # ---- one batch
 
@@ -181,66 +217,23 @@ class DataLoader:
         epoch: int = 0,         # decides the randomness
     ) -> tuple:                 # plain tensors on the device
         "The batch of these samples, made in this process"
-        plan = BatchPlan(self.seed, epoch, 0, list(indices))
+        plan = BatchPlan(self.seed, epoch, 0, list(indices), spares=list(indices) if self.on_error == 'replace' else ())
         return self.finish(self._reader()[plan], plan)
 
     def one_batch(self) -> tuple: # plain tensors on the device
         "A batch to look at, another one each time; the order of the training is not touched"
-        if not len(self): raise ValueError('there is no batch in an empty dataset')
         self._peeks += self.split_idx != 1
-        plan = self.plans(-self._peeks)[0]
-        return self.finish(self._reader()[plan], plan)
+        if self.is_stream: batches = self._streamed(-self._peeks)
+        else: batches = ((self._reader().read(plan), plan) for plan in self.plans(-self._peeks))
+        for read, plan in batches:
+            if read.batch is not None: return self.finish(read.batch, plan)
+        raise ValueError('there is no batch in an empty dataset')
 
     def try_out(self) -> None:
         "Make a small batch of samples from all over the dataset, so that errors come now and not in the middle of an epoch"
-        if not self.n: return
+        if self.is_stream or not self.n: return
         n = len(self.dataset)
         self.make_batch(sorted({int(i) for i in np.linspace(0, n - 1, min(n, self.bs, 8))}))
-
-    # ---- the way back
-
-    def typed(self,
-        batch: tuple, # as the loader gives it
-    ) -> tuple:       # the same, each field with its type
-        "Give the fields of a batch their types again"
-        if self.input_types is None: self._learn_types(0)
-        return _with_types(batch, self.output_types or self.input_types)
-
-    def decode_batch(self,
-        b: tuple,              # as the loader gives it
-        max_n: int = 9,        # how many samples
-    ) -> list[tuple]:          # samples, decoded as far as can be
-        "The samples of a batch on their way back: denormalised, with their labels as names"
-        typed = to_device(b, 'cpu', non_blocking=False)
-        decoded = self.after_batch.decode(self.typed(typed))
-        samples = [tuple(_element(field, i) for field in decoded) for i in range(min(max_n, find_bs(b)))]
-        return [self.decode_sample(o) for o in samples]
-
-    def decode_sample(self,
-        sample: tuple, # one element of a batch
-    ) -> tuple:        # one value a field
-        "The way back of one sample through the item transforms and the dataset"
-        sample = self.after_item.decode(sample)
-        return self.dataset.decode(sample) if hasattr(self.dataset, 'decode') else sample
-
-    def show_batch(self,
-        b: tuple | None = None,   # a batch; a new one if not given
-        max_n: int = 9,           # how many samples at most
-        ctxs: list | None = None, # where to show them
-        unique: bool = False,     # the same sample each time, to see what is random
-        **kwargs: Any,            # passed on to `get_grid`
-    ) -> None:
-        "Show some samples of a batch"
-        if b is None and unique: b = self._unique_batch(max_n)
-        samples = self.decode_batch(self.one_batch() if b is None else b, max_n)
-        if ctxs is None and hasattr(samples[0][0], 'contexts'): ctxs = samples[0][0].contexts(len(samples), **kwargs)
-        for sample, ctx in zip(samples, ctxs or [None] * len(samples)): _show(sample, ctx)
-
-    def _unique_batch(self, n: int) -> tuple:
-        "One sample `n` times, each with its own randomness"
-        i, single = self.plans(self.epoch)[0].indices[0], []
-        for k in range(n): single.append(self.make_batch([i], epoch=-1 - k))
-        return tuple(torch.cat(field) for field in zip(*single))
 
     # ---- copies
 
@@ -249,10 +242,13 @@ class DataLoader:
         **changes: Any,      # other arguments: `bs`, `shuffle`, `num_workers`, `after_item`, ...
     ) -> DataLoader:         # a new loader
         "A loader like this one, with some arguments changed"
-        same = dict(bs=self.bs, shuffle=self.shuffle, num_workers=self.num_workers, drop_last=self.drop_last, after_item=self.after_item.fs,
-            before_batch=self.before_batch.fs, after_batch=self.after_batch.fs, device=self.device, seed=self._fixed_seed, collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory, persistent_workers=self.persistent_workers, split_idx=self.split_idx)
-        if dataset is None and 'shuffle' not in changes: same['sampler'] = self.sampler
+        workers = self.workers
+        same = dict(bs=self.bs, num_workers=self.num_workers, drop_last=self.drop_last, after_item=self.after_item.fs, before_batch=self.before_batch.fs,
+            after_batch=self.after_batch.fs, device=self.device, seed=self._fixed_seed, collate_fn=self.collate_fn, pin_memory=self.pin_memory, split_idx=self.split_idx,
+            on_error=self.on_error, persistent_workers=workers.persistent, worker_init_fn=workers.init, timeout=workers.timeout, prefetch_factor=workers.prefetch,
+            multiprocessing_context=workers.context, indexed=not self.is_stream)
+        if dataset is None and 'shuffle' not in changes: same.update(self._order_args)
+        elif dataset is not None and not self.is_stream: same['shuffle'] = self._order_args['shuffle']
         made = type(self)(self.dataset if dataset is None else dataset, **{**same, **changes})
         made.input_types = self.input_types
         return made
@@ -279,23 +275,14 @@ class DataLoader:
 
 TfmdDL = DataLoader
 
-def _types_of(sample: Any) -> tuple[type | None, ...]:
-    "The type of each field, `None` for those that are no typed tensors"
-    fields = sample if isinstance(sample, tuple) else (sample,)
-    return tuple(type(o) if isinstance(o, TensorBase) else None for o in fields)
+def _is_stream(dataset: Any) -> bool: return isinstance(dataset, IterableDataset) or not hasattr(dataset, '__getitem__')
 
-def _with_types(batch: Any, kinds: tuple[type | None, ...]) -> Any:
-    "View the fields of a batch as their types"
-    if not isinstance(batch, tuple): return batch
-    return tuple([o if kind is None or not isinstance(o, torch.Tensor) else kind.cast(o) for o, kind in zip(batch, kinds)]) + batch[len(kinds):]
-
-def _element(field: Any, i: int) -> Any:
-    "Element `i` of a batched field, with the field's type"
-    value = map_nested(lambda o: o[i], field)
-    return type(field).cast(value) if isinstance(field, TensorBase) else value
-
-def _show(sample: tuple, ctx: Any) -> Any:
-    "Show each field of a sample on one context"
-    for value in sample:
-        if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
-    return ctx
+def _order(size: int, shuffle: bool, sampler: Any, batch_sampler: Any, weights: Any, n: int | None) -> Order:
+    "What decides which samples an epoch has; only one of the arguments can"
+    given = [name for name, o in (('sampler', sampler), ('batch_sampler', batch_sampler), ('weights', weights)) if o is not None]
+    if len(given) > 1: raise ValueError(f"{' and '.join(given)} cannot both decide the order: give one of them")
+    if isinstance(sampler, Order): return sampler
+    if weights is not None and len(weights) != size: raise ValueError(f'there are {len(weights)} weights for {size} samples')
+    if weights is not None: return Weighted(weights, n)
+    if given: return Sampled(batch_sampler if sampler is None else sampler, n, in_batches=sampler is None)
+    return (Shuffled if shuffle else Order)(size, n)

@@ -4,16 +4,23 @@
 
 # %% ../../../nbs/10_data/09_loaders.ipynb #806d132d
 from __future__ import annotations
+import builtins
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from ..base.devices import default_device, resolve_device
 from ..base.nested import to_device
+from .explain import Explanation, explain_loader
+from .failures import BadItem, Failures
 from .loader import DataLoader
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['DataLoaders']
@@ -50,12 +57,12 @@ class DataLoaders:
     @property
     def train_ds(self) -> Any: # a dataset
         "The training set"
-        return self.train.dataset
+        return getattr(self.train, 'dataset', None)
 
     @property
     def valid_ds(self) -> Any: # a dataset
         "The validation set"
-        return self.valid.dataset
+        return getattr(self.valid, 'dataset', None)
 
     @property
     def bs(self) -> int | None: # samples a batch
@@ -109,7 +116,27 @@ class DataLoaders:
         "A loader for new items, treated as those of the validation set"
         if not hasattr(self.valid_ds, 'test_set'):
             raise TypeError(f'test_dl needs loaders made by a DataBlock or Datasets; this dataset is a {type(self.valid_ds).__name__}. Give a loader of your own instead.')
-        return self.valid.new(self.valid_ds.test_set(test_items, with_labels), **{'drop_last': False, **kwargs})
+        return self.valid.new(self.valid_ds.test_set(test_items, with_labels), **{'drop_last': False, 'on_error': 'raise', **kwargs})
+
+    def explain(self,
+        dl_idx: int = 0,     # which of the loaders
+        show: bool = True,   # print it (in a notebook, the returned table shows itself)
+    ) -> Explanation:        # a table in notebooks; `table()` is a DataFrame
+        "Which transform handled which field of a sample and of a batch"
+        explained = explain_loader(self.loaders[dl_idx])
+        if show and 'get_ipython' not in vars(builtins): print(explained)
+        return explained
+
+    def failed_items(self) -> pd.DataFrame: # columns: file, reason, epoch, index, loader
+        "What could not be read until now, with `on_error='skip'` or `'replace'`"
+        import pandas as pd
+        found = [dl.failures.table().assign(loader=k) for k, dl in enumerate(self.loaders) if isinstance(dl, DataLoader) and dl.failures]
+        return pd.concat(found, ignore_index=True) if found else Failures().table().assign(loader=[])
+
+    @property
+    def failures(self) -> list[BadItem]: # of all loaders
+        "What could not be read until now"
+        return [o for dl in self._own() for o in dl.failures]
 
     def add_tfms(self,
         tfms: Any,                     # transforms to add
@@ -156,8 +183,9 @@ class DataLoaders:
         **kwargs: Any,                            # other arguments of `DataLoader`
     ) -> DataLoaders:                             # one loader a dataset; the first one is shuffled
         "Loaders for ready datasets"
-        first = dict(shuffle=True, drop_last=True)
-        made = [DataLoader(ds, bs=bs, after_item=item_tfms, after_batch=batch_tfms, device=device, split_idx=i, **{**(first if i == 0 else {}), **kwargs})
+        orders = {o: kwargs.pop(o) for o in ('n', 'weights', 'sampler', 'batch_sampler', 'shuffle', 'drop_last') if o in kwargs}
+        first = {**(dict(drop_last=True) if isinstance(datasets[0], IterableDataset) else dict(shuffle=True, drop_last=True)), **orders}
+        made = [DataLoader(ds, bs=bs, after_item=item_tfms, after_batch=batch_tfms, device=device, split_idx=i, **(first if i == 0 else {}), **kwargs)
                 for i, ds in enumerate(datasets)]
         dls = cls(*made, path=path, device=device)
         dls.setup_tfms()

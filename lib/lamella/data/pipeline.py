@@ -5,16 +5,18 @@
 # %% ../../../nbs/10_data/05_pipeline.ipynb #ff9826d7
 from __future__ import annotations
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import torch
 
 from ..base.errors import add_context, context_of, describe_value
 from ..base.nested import as_list
 from .third_party import ThirdParty, library_of
-from .transform import Transform
+from .transform import Transform, _keep_type
 
 # %% auto #0
-__all__ = ['as_transform', 'Pipeline', 'describe_failure', 'DataError', 'data_error']
+__all__ = ['as_transform', 'Pipeline', 'describe_failure', 'early_hint', 'DataError', 'data_error']
 
 # %% ../../../nbs/10_data/05_pipeline.ipynb #2f81d013
 def as_transform(
@@ -26,6 +28,67 @@ def as_transform(
     if library_of(func) is not None: return ThirdParty(func)
     if not callable(func): raise TypeError(f'a transform is a function or a Transform, not {func!r}')
     return Transform(func)
+
+class _Run:
+    "Neighbours that map each value for itself, as one: what they do with the types at hand is found out once, and done without asking again"
+    def __init__(self, fs: list[Transform], later: Callable[[Any], list[Transform]]):
+        self.fs, self.later = fs, later
+        self.traces: dict[Any, list[tuple]] = {} # for the types of a sample: (number of the transform, place of the value, function, type it returns, cast)
+
+    def __getstate__(self) -> dict[str, Any]: return {'fs': self.fs, 'later': self.later, 'traces': {}}
+
+    def __call__(self, x: Any) -> Any:
+        several = type(x) is tuple
+        trace = self.traces.get(tuple(map(type, x)) if several else type(x))
+        if trace is None: return self._generic(x, [], tuple(map(type, x)) if several else type(x))
+        values, n = list(x) if several else [x], 0
+        try:
+            for n, i, func, kind, cast in trace:
+                value = func(values[i])
+                if type(value) is not kind: break
+                values[i] = value if cast is None else cast(value)
+            else: return tuple(values) if several else values[0]
+        except Exception as error: raise self._described(error, n, values, several)
+        return self._without_trace(n, i, value, values, several)
+
+    def _without_trace(self, n: int, i: int, value: Any, values: list, several: bool) -> Any:
+        "This time, value `i` became another type in transform `n`: go on step by step"
+        f = self.fs[n]
+        try:
+            values[i] = _keep_type(value, values[i], f.handler(type(values[i]))[1])
+            for k in range(i + 1, len(values)): values[k] = f(values[k])
+        except Exception as error: raise self._described(error, n, values, several)
+        return self._generic(tuple(values) if several else values[0], [], None, n + 1)
+
+    def _generic(self, x: Any, trace: list, key: Any, first: int = 0) -> Any:
+        "Step by step; what happens is written down"
+        several, values = type(x) is tuple, list(x) if type(x) is tuple else [x]
+        for n in range(first, len(self.fs)):
+            try: self._one(n, values, trace)
+            except Exception as error: raise self._described(error, n, values, several)
+        if key is not None: self.traces[key] = trace
+        return tuple(values) if several else values[0]
+
+    def _described(self, error: Exception, n: int, values: list, several: bool) -> BaseException:
+        return describe_failure(error, self.fs[n], tuple(values) if several else values[0], self.later(self.fs[n]))
+
+    def _one(self, n: int, values: list, trace: list) -> None:
+        for i, value in enumerate(values):
+            func, returned = self.fs[n].handler(type(value))
+            if func is None: continue
+            result = func(value)
+            trace.append((n, i, func, type(result), _caster(type(result), type(value), returned)))
+            values[i] = _keep_type(result, value, returned)
+
+def _caster(made: type, given: type, wanted: type | None) -> Any:
+    "What gives a result the right type: `_keep_type`, decided by types alone"
+    if wanted is not None: return None if issubclass(made, wanted) else wanted.cast # type: ignore[attr-defined]
+    return given.cast if made is not given and hasattr(given, 'cast') and issubclass(given, made) else None # type: ignore[attr-defined]
+
+def _is_plain(f: Any) -> bool:
+    "Does it map each value for itself, for training and validation alike?"
+    same = all(getattr(type(f), name, None) is getattr(Transform, name) for name in ('__call__', '_apply', '_apply_one'))
+    return same and not f.whole and f.split_idx is None and type(f).fuse is None
 
 class Pipeline:
     "Transforms in their order, as one"
@@ -55,7 +118,8 @@ class Pipeline:
         "Add transforms, each at the place that its `order` says"
         self.fs = sorted(self.fs + [as_transform(f) for f in as_list(funcs)], key=lambda f: f.order)
         self._steps = []
-        for fuse, run in itertools.groupby(self.fs, key=lambda f: type(f).fuse): self._steps += list(run) if fuse is None else [fuse(list(run))]
+        for (fuse, plain), run in itertools.groupby(self.fs, key=lambda f: (type(f).fuse, _is_plain(f))):
+            self._steps += [_Run(list(run), self._later)] if plain else list(run) if fuse is None else [fuse(list(run))]
         return self
 
     def __call__(self,
@@ -63,9 +127,16 @@ class Pipeline:
     ) -> Any:   # transformed by all
         "Encode `x`; an error says which transform failed, and on what"
         for f in self._steps:
+            if type(f) is _Run:
+                x = f(x)
+                continue
             try: x = f(x, self.split_idx)
-            except Exception as error: raise describe_failure(error, f, x)
+            except Exception as error: raise describe_failure(error, f, x, self._later(f))
         return x
+
+    def _later(self, f: Any) -> list[Transform]:
+        "The transforms that come after `f`"
+        return self.fs[next((k + 1 for k, o in enumerate(self.fs) if o is f), len(self.fs)):]
 
     def decode(self,
         x: Any, # as `__call__` returns it
@@ -85,9 +156,27 @@ def describe_failure(
     error: Exception,     # what was raised
     transform: Transform, # the transform it was raised in
     value: Any,           # what the transform was given
+    later: Sequence[Transform] = (), # those that come after it
 ) -> BaseException:       # the same error
     "Say which transform failed on what"
-    return add_context(error, f'in the transform {transform!r}, given {describe_value(value)}')
+    hint = early_hint(transform, value, later)
+    if not hasattr(error, 'failed_transform'): error.failed_transform = transform # type: ignore[attr-defined]
+    add_context(error, f'in the transform {transform!r}, given {describe_value(value)}')
+    return error if hint is None else add_context(error, hint)
+
+_MAKES_FLOATS = 'IntToFloatTensor'
+
+def early_hint(
+    f: Any,                 # a transform
+    x: Any,                 # what it is given
+    later: Sequence[Transform], # those that come after it
+) -> str | None:            # a line for people, if there is a reason
+    "Does a transform get bytes, because it runs before the one that makes floats of them?"
+    to_float = next((o for o in later if o.name == _MAKES_FLOATS), None)
+    if to_float is None or not isinstance(f, Transform) or type(f).fuse is not None: return None
+    taken = [o for o in (x if isinstance(x, tuple) else (x,)) if getattr(o, 'dtype', None) == torch.uint8 and o.ndim > 2 and (f.whole or f.handler(type(o))[0] is not None)]
+    return None if not taken else (f'{f.name} is given whole numbers from 0 to 255, because it runs before {_MAKES_FLOATS} (order={f.order} is smaller than {to_float.order}): '
+        f'if it needs floats from 0 to 1, give it order={to_float.order + 1}')
 
 # %% ../../../nbs/10_data/05_pipeline.ipynb #1fdfda88
 class DataError(RuntimeError):

@@ -4,29 +4,28 @@
 
 # %% ../../../nbs/10_data/07_reading.ipynb #2694b383
 from __future__ import annotations
+import functools
+import itertools
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import default_collate
 
 from ..base.nested import map_nested
 from ..base.seeds import derive_seed, keep_random_states, seed_all
+from .failures import BadItem, bad_item, is_fault_of_item, nothing_left
+from .generators import find_generators, keep_generators, seed_generators
+from .order import BatchPlan
 from .pipeline import DataError, Pipeline, data_error, describe_value
 from .types import TensorBase, TitledStr, plain
 
 # %% auto #0
-__all__ = ['BatchPlan', 'Failure', 'BatchReader', 'GuardedReader', 'collate']
+__all__ = ['Failure', 'ReadBatch', 'BatchReader', 'GuardedReader', 'collate', 'StreamReader']
 
 # %% ../../../nbs/10_data/07_reading.ipynb #aae8c9cd
-class BatchPlan(NamedTuple):
-    "What a worker has to know to make a batch"
-    seed: int           # of the loader
-    epoch: int          # counted from 0
-    number: int         # of the batch, in its epoch
-    indices: list[int]  # of the samples
-
 class Failure:
     "An error on its way from a worker process to the main process"
     def __init__(self,
@@ -40,6 +39,12 @@ class Failure:
         "Raise the error, with its traceback in the worker as the cause"
         raise self.error from RuntimeError(f'in a worker process:\n{self.trace}')
 
+class ReadBatch(NamedTuple):
+    "What a worker sends back"
+    batch: Any                    # `None` if nothing is left of it
+    bad: list[BadItem]            # samples that could not be read
+    tried: int                    # samples of the plan
+
 class BatchReader:
     "Makes batches from plans: reads the samples, transforms and collates them"
     def __init__(self,
@@ -47,18 +52,36 @@ class BatchReader:
         after_item: Pipeline,          # on each sample
         before_batch: Pipeline,        # on the list of samples
         collate: Callable[[list], Any], # from a list of samples to a batch
+        on_error: str = 'raise',       # what to do with samples that cannot be read: 'raise', 'skip' or 'replace'
     ):
-        self.dataset, self.after_item, self.before_batch, self.collate = dataset, after_item, before_batch, collate
+        self.dataset, self.after_item, self.before_batch, self.collate, self.on_error = dataset, after_item, before_batch, collate, on_error
+
+    @functools.cached_property
+    def generators(self) -> list[Any]: # of this process
+        "The random generators that the dataset and the transforms keep"
+        return find_generators(self.dataset, self.after_item, self.before_batch, self.collate)
+
+    def __getstate__(self) -> dict[str, Any]: return {k: v for k, v in self.__dict__.items() if k != 'generators'}
 
     def sample(self,
         plan: BatchPlan, # gives the seed and the epoch
         i: int,          # index of the sample
+        *more: Any,      # what the randomness depends on, too
     ) -> Any:            # the sample, with item transforms
         "Sample `i`, as random as (seed, epoch, index) says"
-        seed_all(derive_seed(plan.seed, plan.epoch, i))
+        self.seed(plan, i, *more)
         sample = self.dataset[i]
         try: return self.after_item(sample) if len(self.after_item) else sample
         except Exception as error: raise data_error(self.name(i), error) from error
+
+    def seed(self,
+        plan: BatchPlan, # gives the seed and the epoch
+        *parts: Any,     # index of the sample, ...
+    ) -> None:
+        "Seed all generators there are"
+        seed = derive_seed(plan.seed, plan.epoch, *parts)
+        seed_all(seed)
+        if self.generators: seed_generators(self.generators, seed)
 
     def name(self,
         i: int, # index of a sample
@@ -67,11 +90,60 @@ class BatchReader:
         return self.dataset.name_of_item(i) if hasattr(self.dataset, 'name_of_item') else f'sample {i}'
 
     def __getitem__(self, plan: BatchPlan) -> Any:
-        with keep_random_states():
-            samples = [self.sample(plan, i) for i in plan.indices]
-            if len(self.before_batch): samples = self.before_batch(samples)
+        "The batch of a plan; an error if nothing is left of it"
+        found = self.read(plan)
+        if found.batch is None: raise nothing_left(found.bad, found.tried)
+        return found.batch
+
+    def read(self,
+        plan: BatchPlan, # what to read
+    ) -> ReadBatch:      # the batch, and what could not be read
+        "Read the samples of a plan and put them into a batch"
+        bad: list[BadItem] = []
+        with keep_random_states(), keep_generators(self.generators):
+            read = [(i, sample) for k, i in enumerate(plan.indices) for sample in self._tried(plan, k, bad)]
+            samples = [sample for _, sample in read]
+            if samples and len(self.before_batch): samples = self.before_batch(samples)
+        return ReadBatch(self.collated(samples, [i for i, _ in read]) if samples else None, bad, len(plan.indices))
+
+    def _tried(self, plan: BatchPlan, k: int, bad: list[BadItem]) -> list[Any]:
+        "Sample number `k` of a plan, or another one in its place; empty if it is to be left out"
+        i = plan.indices[k]
+        more = (plan.repeats[k],) if plan.repeats and plan.repeats[k] else ()
+        try: return [self.sample(plan, i, *more)]
+        except Exception as error: self._note(plan, i, error, bad)
+        return self._replacement(plan, i, bad) if self.on_error == 'replace' else []
+
+    def _note(self, plan: BatchPlan, i: int, error: Exception, bad: list[BadItem]) -> None:
+        "Remember a bad sample, or raise"
+        if self.on_error == 'raise' or not is_fault_of_item(error): raise error
+        bad.append(bad_item(self.dataset, i, self.name(i), error, plan.epoch))
+
+    def _replacement(self, plan: BatchPlan, i: int, bad: list[BadItem]) -> list[Any]:
+        "The first of the spares that can be read, begun at a place that (seed, epoch, index) says"
+        first, tried = derive_seed(plan.seed, plan.epoch, i, 'spare'), [bad[-1]]
+        for k in range(len(plan.spares)):
+            j = plan.spares[(first + k) % len(plan.spares)]
+            try: return [self.sample(plan, j, 'instead of', i)]
+            except Exception as error: self._note(plan, j, error, tried)
+        raise nothing_left(tried, len(tried))
+
+    def first_sample(self,
+        plan: BatchPlan, # which samples there are
+    ) -> Any:            # a sample
+        "The first sample of a plan that can be read, to look at"
+        bad: list[BadItem] = []
+        for k in range(len(plan.indices)):
+            for sample in self._tried(plan, k, bad): return sample
+        raise nothing_left(bad, len(bad))
+
+    def collated(self,
+        samples: list,      # from `sample`
+        indices: list[int], # of these samples
+    ) -> Any:               # a batch
+        "Put samples into a batch"
         try: return self.collate(samples)
-        except Exception as error: raise self._collate_error(samples, plan.indices, error) from error
+        except Exception as error: raise self._collate_error(samples, indices, error) from error
 
     def _collate_error(self, samples: list, indices: list[int], error: Exception) -> DataError:
         "Name two samples that do not fit together"
@@ -90,8 +162,15 @@ class GuardedReader:
         reader: BatchReader, # the reader
     ): self.reader = reader
 
+    def __getstate__(self) -> dict[str, Any]: # PyTorch 2.x cannot send a torch.Generator to a process that is started afresh; a plain pickle can
+        has_generator = any(isinstance(o, torch.Generator) for o in self.reader.generators)
+        return {'packed': pickle.dumps(self.reader)} if has_generator else {'reader': self.reader}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.reader = pickle.loads(state['packed']) if 'packed' in state else state['reader']
+
     def __getitem__(self, plan: BatchPlan) -> Any:
-        try: return self.reader[plan]
+        try: return self.reader.read(plan)
         except Exception as error: return Failure(error)
 
 def collate(
@@ -108,3 +187,56 @@ def _plain_leaf(x: Any) -> Any:
 def _as_tuple(batch: Any) -> Any:
     "`default_collate` makes lists of tuples"
     return tuple(batch) if type(batch) is list else batch
+
+# %% ../../../nbs/10_data/07_reading.ipynb #9f09ade5
+class StreamReader(BatchReader):
+    "Makes batches of what a dataset gives when it is iterated"
+    def batches(self,
+        seed: int,       # of the loader
+        epoch: int,      # counted from 0
+        bs: int,         # samples a batch
+        n: int | None,   # samples an epoch; until the stream ends if not given
+        drop_last: bool, # leave out a last batch that is not full
+    ) -> Iterator[tuple[BatchPlan, ReadBatch]]: # each batch, with its plan
+        "The batches of an epoch"
+        with keep_random_states():
+            self.seed(BatchPlan(seed, epoch, 0, []), 'stream')
+            stream = enumerate(itertools.islice(self.dataset, n))
+        for number in itertools.count():
+            plan = BatchPlan(seed, epoch, number, [number * bs + k for k in range(bs)])
+            found = self._next_batch(stream, plan)
+            if not found.tried or (drop_last and number and found.tried < bs): return
+            yield plan._replace(indices=plan.indices[:found.tried]), found
+
+    def _next_batch(self, stream: Iterable, plan: BatchPlan) -> ReadBatch:
+        bad: list[BadItem] = []
+        with keep_random_states(), keep_generators(self.generators):
+            samples = list(self._samples(stream, plan, bad))
+            tried, kept = len(samples), [o for o in samples if o is not bad]
+            if kept and len(self.before_batch): kept = self.before_batch(kept)
+        return ReadBatch(self.collated(kept, plan.indices) if kept else None, bad, tried)
+
+    def _samples(self, stream: Iterable, plan: BatchPlan, bad: list[BadItem]) -> Iterator[Any]:
+        "The next samples; `bad` itself stands for one that could not be transformed"
+        for k in plan.indices:
+            self.seed(plan, k)
+            found = next(stream, None) # type: ignore[call-overload]
+            if found is None: return
+            try: yield self.after_item(found[1]) if len(self.after_item) else found[1]
+            except Exception as error:
+                named = data_error(self.name(k), error)
+                named.__cause__ = error
+                self._note(plan, k, named, bad)
+                yield bad
+
+    def samples(self,
+        seed: int,  # of the loader
+        epoch: int, # counted from 0
+    ) -> Iterator[Any]: # transformed
+        "The samples of an epoch, one by one"
+        bad: list[BadItem] = []
+        return (o for o in self._samples(enumerate(self.dataset), BatchPlan(seed, epoch, 0, itertools.count()), bad) if o is not bad) # type: ignore[arg-type]
+
+    def name(self, i: int) -> str:
+        "How a message calls the item"
+        return f'number {i} of the stream'

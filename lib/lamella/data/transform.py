@@ -19,7 +19,7 @@ from ..base.registry import did_you_mean, register
 from .labels import function_name
 
 # %% auto #0
-__all__ = ['find_handler', 'Transform', 'ItemTransform', 'RandTransform']
+__all__ = ['accepted_types', 'find_handler', 'Transform', 'ItemTransform', 'RandTransform']
 
 # %% ../../../nbs/10_data/04_transform.ipynb #a82a444f
 _VERBS = ('encodes', 'decodes', 'setups')
@@ -34,7 +34,7 @@ class _Definitions(dict):
         if key in _VERBS and callable(value): self.verbs[key].append(value)
         super().__setitem__(key, value)
 
-def _accepted_types(
+def accepted_types(
     func: Callable,        # an `encodes`, or any function of one value
 ) -> tuple[tuple[type, ...], type | None]: # (types of its first argument, type that it returns or `None`)
     "Read the annotations of a function"
@@ -56,7 +56,7 @@ def find_handler(
     "The function whose annotation is nearest to `kind`"
     found, nearest = None, len(kind.__mro__)
     for func in functions:
-        accepted, returned = _accepted_types(func)
+        accepted, returned = accepted_types(func)
         ranks = [kind.__mro__.index(o) for o in accepted if o in kind.__mro__]
         if ranks and min(ranks) <= nearest: found, nearest = (func, returned), min(ranks)
     return found
@@ -81,7 +81,8 @@ class _TransformMeta(type):
     def __new__(cls, name: str, bases: tuple, namespace: _Definitions, **kwargs: Any) -> _TransformMeta:
         made = super().__new__(cls, name, bases, dict(namespace), **kwargs)
         inherited = {verb: [f for base in reversed(bases) for f in getattr(base, '_verbs', {}).get(verb, [])] for verb in _VERBS}
-        made._verbs = {verb: inherited[verb] + namespace.verbs[verb] for verb in _VERBS}
+        own = getattr(namespace, 'verbs', None) or {verb: as_list(namespace.get(verb)) for verb in _VERBS} # a class made by `type(name, bases, dict)`
+        made._verbs = {verb: inherited[verb] + own[verb] for verb in _VERBS}
         return made
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -177,6 +178,13 @@ class Transform(metaclass=_TransformMeta):
         if func is None: return x
         result = func(x)
         return result if type(result) is kind and returned is None else _keep_type(result, x, returned)
+
+    def handler(self,
+        kind: type, # type of a value
+    ) -> tuple[Callable | None, type | None]: # the function, or `None` if values of this type pass through; the type that it says it returns
+        "What encodes a value of class `kind`"
+        found = self._handlers['encodes'].get(kind)
+        return self._find('encodes', kind) if found is None else found
 
     def _find(self, verb: str, kind: type) -> tuple[Callable | None, type | None]:
         "Look up, once, what handles `kind`"

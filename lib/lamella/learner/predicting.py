@@ -56,8 +56,8 @@ class Predicting(Fitting):
         act: Callable[[torch.Tensor], torch.Tensor] | None = None, # in place of the activation of the loss
         cbs: Any = None,                        # callbacks for this pass only
     ) -> tuple:                                 # (inputs,) predictions, targets (, decisions) (, losses)
-        "Predictions and targets of a loader, in the order of its samples"
-        dl = self._in_order(self.dls[ds_idx] if dl is None else dl)
+        "Predictions and targets of a loader, one for each of its samples, in their order; an item that cannot be read is an error here"
+        dl = self._in_order(self.dls[ds_idx] if dl is None else dl, all_items=True)
         gather, output = GatherPredsCallback(with_input, with_loss), output_of_loss(self.loss_func)
         with self.added_cbs([*as_list(cbs), gather]), self.removed_cbs(Recorder), self.no_bar(), self._unreduced(with_loss): self._pass_over(dl)
         found = gather.gathered()
@@ -66,9 +66,11 @@ class Predicting(Fitting):
         result += [preds, found['targets']] + ([map_nested(output.decodes, preds)] if with_decoded else [])
         return tuple(result + ([found['losses']] if with_loss else []))
 
-    def _in_order(self, dl: Any) -> Any:
-        "A loader of lamella, without shuffling and with all of its samples"
-        return dl.new(shuffle=False, drop_last=False, split_idx=1) if isinstance(dl, DataLoader) and (dl.shuffle or dl.drop_last) else dl
+    def _in_order(self, dl: Any, all_items: bool = False) -> Any:
+        "A loader of lamella, without shuffling and with all of its samples: none may be left out where each is to have its prediction"
+        if not isinstance(dl, DataLoader): return dl
+        tolerant = all_items and dl.on_error != 'raise'
+        return dl.new(shuffle=False, drop_last=False, split_idx=1, **({'on_error': 'raise'} if tolerant else {})) if dl.shuffle or dl.drop_last or tolerant else dl
 
     def _unreduced(self, wanted: bool) -> Any:
         "A block in which the loss is that of each sample"

@@ -113,7 +113,7 @@ class TrainingLoop:
 
     def _count(self) -> None:
         self.train_iter += 1
-        self.pct_train = self.train_iter / (self.n_iter * self.n_epoch)
+        if self.n_iter: self.pct_train = self.train_iter / (self.n_iter * self.n_epoch)
 
     def split_batch(self,
         batch: Any,         # what the loader gave
@@ -132,7 +132,7 @@ class TrainingLoop:
     ) -> None:
         "Train, and validate after each epoch"
         self.n_epoch, self._start_epoch = n_epoch, start_epoch
-        self.train_iter, self.pct_train = start_epoch * len(self.dls.train), start_epoch / n_epoch if n_epoch else 0.
+        self.train_iter, self.pct_train = start_epoch * self._length(self.dls.train), start_epoch / n_epoch if n_epoch else 0.
         self.loss, self.pred = None, None
         if start_epoch and hasattr(self.dls.train, 'epoch'): self.dls.train.epoch += start_epoch
         self._whole_fit(self._all_epochs)
@@ -184,9 +184,20 @@ class TrainingLoop:
         self.model.train(training)
 
     def _all_batches(self) -> None:
-        self.n_iter, self._n_inp = len(self.dl), getattr(self.dls, 'n_inp', None)
+        self.n_iter, self._n_inp = self._length(self.dl), getattr(self.dls, 'n_inp', None)
         device = None if getattr(self.dl, 'device', None) is not None else getattr(self.dls, 'device', None)
         for self.iter, batch in enumerate(self.dl): self.one_batch(batch if device is None else to_device(batch, device))
+        if self.training: self._end_of_epoch()
+
+    def _length(self, dl: Any) -> int:
+        "How many batches a loader has, at most; 0: nobody knows"
+        try: return len(dl)
+        except TypeError: return 0
+
+    def _end_of_epoch(self) -> None:
+        "Whole epochs are done, also if the loader left batches out or had an unknown number of them"
+        if self.n_iter: self.train_iter = (self.epoch + 1) * self.n_iter
+        self.pct_train = (self.epoch + 1) / self.n_epoch
 
     def _stage(self, name: str, cancel: type[Exception], body: Callable[[], None]) -> None:
         "before, body, after; and cleanup, whatever happens"
