@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.foundation import L, mask2idxs
 
 # %% auto #0
-__all__ = ['PackedPaths', 'PathPacker', 'PackedL', 'Chosen', 'packed']
+__all__ = ['PackedPaths', 'PathPacker', 'PackedL', 'Chosen', 'packed', 'as_texts']
 
 # %% ../../../nbs/00_base/11_packed.ipynb #e1835504
 _CHUNK = 8192 # items that are handled at once
@@ -251,3 +251,10 @@ def _split_text(item: str) -> tuple[Any, str]:
     "What a string has up to the last separator, and the rest"
     folder, separator, name = item.rpartition(sep)
     return folder + separator, name
+
+# %% ../../../nbs/00_base/11_packed.ipynb #a7cb0beb
+def as_texts(
+    items: Any, # items, perhaps packed
+) -> Any:       # strings, if they are packed paths; else the items
+    "Packed paths as strings, to be gone through once"
+    return items.items.texts() if isinstance(items, PackedL) and isinstance(items.items, PackedPaths) else items
