@@ -60,6 +60,10 @@ class _FieldValues:
 
     def __getitem__(self, i: int) -> Any: return next(self._of([int(self.index[i])]))
 
+    def in_any_order(self) -> _FieldValues:
+        "The same values in the order in which the items lie in memory: four times as fast, for who does not mind"
+        return _FieldValues(self.items, np.sort(self.index), self.tfms)
+
     def __iter__(self) -> Iterator[Any]:
         for k in range(0, len(self.index), 8192): yield from self._of(self.index[k:k + 8192].tolist())
 

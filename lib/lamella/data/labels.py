@@ -21,7 +21,7 @@ def parent_label(
     o: str | os.PathLike, # path of a file
 ) -> str:                 # name of the folder it is in
     "Label an item with the name of its folder"
-    return folder_name(o, 1)
+    return o.parent.name if isinstance(o, PurePath) else folder_name(o, 1)
 
 parent_label.takes_text = True
 _UNCLEAR = frozenset(['', '.']) # parts of a path that `Path` leaves out
