@@ -82,6 +82,9 @@ class _FieldValues:
         chosen = self.items[numbers]
         return as_texts(chosen) if self.tfms and getattr(getattr(self.tfms[0], 'func', None), 'takes_text', False) else chosen
 
+    @property
+    def vocab(self) -> Any: return next((f.vocab for f in reversed(self.tfms) if getattr(f, 'vocab', None) is not None), None)
+
     def name(self, i: int) -> str: return item_name(self.items, int(self.index[i]))
 
 # %% ../../../nbs/10_data/10_datasets.ipynb #b2b84735
