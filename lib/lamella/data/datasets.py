@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastcore.foundation import L, is_indexer, mask2idxs
+from fastcore.foundation import is_indexer, mask2idxs
 
 from ..base.packed import Chosen, PackedL, as_texts, packed
 from .loader import DataLoader
@@ -22,7 +22,7 @@ from .splitters import as_indices
 from .transform import Transform
 
 # %% auto #0
-__all__ = ['get_item', 'item_getter', 'item_name', 'Datasets', 'TfmdLists']
+__all__ = ['get_item', 'item_getter', 'item_name', 'Datasets']
 
 # %% ../../../nbs/10_data/10_datasets.ipynb #3f7163d5
 def get_item(
@@ -254,53 +254,3 @@ class Datasets:
 def _kind(item: Any) -> type:
     "Paths and strings are of one kind: both name a file"
     return str if isinstance(item, (str, os.PathLike)) else type(item)
-
-# %% ../../../nbs/10_data/10_datasets.ipynb #fa64a7c6
-class TfmdLists(Datasets):
-    "Items and one pipeline"
-    def __init__(self,
-        items: Any,                                    # list, DataFrame, array, dataset
-        tfms: Any = None,                              # transforms, or a pipeline
-        use_list: bool | None = None,                  # make a list of the items first
-        do_setup: bool = True,                         # let the transforms learn their state
-        split_idx: int | None = None,                  # which of the splits this is
-        train_setup: bool = True,                      # kept for fastai's callers; transforms always learn from the training items
-        splits: Sequence[Sequence[int]] | None = None, # (training indices, validation indices, ...); all items are for training if not given
-        types: Any = None,                             # kept for fastai's callers
-        verbose: bool = False,                         # say which transforms are set up
-        dl_type: type[DataLoader] | None = None,       # class of the loaders
-    ):
-        pipeline = Pipeline(tfms)
-        if verbose: print(f'Setting up {pipeline}')
-        ready = isinstance(tfms, Pipeline)
-        super().__init__(list(items) if use_list else items, [pipeline], splits, None, do_setup and not ready, split_idx, dl_type)
-        self.n_inp = None # not known: the pipeline decides what a sample is
-
-    @property
-    def tfms(self) -> Pipeline: # its transforms
-        "The pipeline"
-        return self.pipelines[0]
-
-    def _sample(self, item: Any) -> Any: return self.tfms(item)
-
-    def __getitem__(self, i: Any) -> Any: # a value; a `L` of values for a slice, a list or a mask
-        "Value `i`"
-        found = super().__getitem__(i)
-        return L(found, use_list=True) if isinstance(i, slice) or not is_indexer(i) else found
-
-    def __call__(self, item: Any) -> Any: return self.tfms(item)
-
-    def decode(self,
-        sample: Any, # as the pipeline makes it
-    ) -> Any:        # as it was before the transforms, as far as can be
-        "The way back"
-        return self.tfms.decode(sample)
-
-    def show(self,
-        sample: Any,     # as the pipeline makes it
-        ctx: Any = None, # where to show
-        **kwargs: Any,   # passed on to the `show` of the value
-    ) -> Any:            # the context
-        "Show a value, decoded"
-        value = self.decode(sample)
-        return value.show(ctx=ctx, **kwargs) if hasattr(value, 'show') else ctx
