@@ -186,7 +186,7 @@ def test_generators_are_sources():
 # Worker processes
 
 WORKERS = '''
-import sys, torch
+import gc, sys, torch
 from pathlib import Path
 from lamella.data.loader import DataLoader
 from lamella.data.datablock import DataBlock
@@ -206,6 +206,7 @@ def make(n):
 dsets = DataBlock(blocks=(TransformBlock, CategoryBlock), get_items=make, get_x=lambda o: private(o) if o.name.endswith('77.jpg') else torch.tensor(0),
                   get_y=lambda o: o.parent.name, splitter=RandomSplitter(0.1, seed=1)).datasets(int(sys.argv[1]))
 if sys.argv[2] == 'unpacked': dsets.source = list(dsets.source)
+gc.collect(); gc.freeze() # a collection writes to every object: not what is measured here
 dl = DataLoader(dsets.train, bs=1000, shuffle=True, num_workers=2, persistent_workers=True, seed=1)
 for epoch in range(int(sys.argv[3])): print(max(int(x.max()) for x, y in dl))
 '''
@@ -220,8 +221,8 @@ def worker_memory(kind: str, n: int, epochs: int) -> list[int]:
 @pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='Linux says what a process has for itself')
 def test_memory_of_workers_is_flat():
     "No worker copies the paths: what it has for itself does not grow from epoch to epoch, nor with the number of items. A list of paths is copied"
-    n = 60_000
-    first, *later = worker_memory('packed', n, 3)
+    n = 30_000
+    first, *later = worker_memory('packed', n, 2)
     copied, = worker_memory('unpacked', n, 1)
-    assert max(later) - first < 60 * n, (first, later)
-    assert copied - max(later) > 80 * n, (copied, later)
+    assert max(later) - first < 4 * 2**20, (first, later)
+    assert copied - max(later) > 100 * n, (copied, later)
