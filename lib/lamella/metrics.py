@@ -14,7 +14,8 @@ from .base.errors import add_context, describe_value
 from .base.nested import find_bs
 
 # %% auto #0
-__all__ = ['Outcome', 'Metric', 'AvgMetric', 'AvgLoss', 'mk_metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'mse', 'mae']
+__all__ = ['Outcome', 'Metric', 'AvgMetric', 'AvgLoss', 'mk_metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'accuracy_multi',
+           'mse', 'mae']
 
 # %% ../../nbs/14_metrics.ipynb #bda2b589
 class Outcome(Protocol):
@@ -127,6 +128,17 @@ def top_k_accuracy(
     "Share of the predictions whose `k` largest classes contain the target"
     guesses = inp.topk(k=k, dim=axis)[1]
     return (guesses == targ.unsqueeze(axis)).any(dim=axis).float().mean()
+
+def accuracy_multi(
+    inp: torch.Tensor,    # (n, ..., labels) predictions
+    targ: torch.Tensor,   # (n, ..., labels) zeros and ones
+    thresh: float = 0.5,  # probability from which on a label is predicted
+    sigmoid: bool = True, # the predictions are logits; otherwise they are probabilities
+) -> torch.Tensor:        # 0 to 1
+    "Share of all labels of all samples that are rightly predicted to be there or not"
+    if inp.numel() != targ.numel(): raise ValueError(f'accuracy_multi compares as many predictions as targets, not {describe_value(inp)} and {describe_value(targ)}')
+    probs = inp.sigmoid() if sigmoid else inp
+    return ((probs.flatten() > thresh) == targ.flatten().bool()).float().mean()
 
 def mse(
     inp: torch.Tensor,  # predictions

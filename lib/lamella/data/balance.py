@@ -24,7 +24,7 @@ def _labels_of(dsets: Any) -> list[tuple]:
         for k, f in enumerate(field.fs):
             if getattr(f, 'vocab', None) is None: continue
             before = Pipeline(field.fs[:k], 0)
-            return [_as_labels(before(_item(dsets.items, int(i))), f.vocab) for i in dsets.splits[0]]
+            return [_as_labels(before(_item(dsets.source, int(i))), f.vocab) for i in dsets.splits[0]]
     raise ValueError('balance=True needs targets with classes, and there are none here: give balance=... the name of a column, or a function of an item')
 
 def _item(items: Any, i: int) -> Any: return items.iloc[i] if hasattr(items, 'iloc') else items[i]
@@ -38,10 +38,10 @@ def _as_labels(value: Any, vocab: Sequence[Any]) -> tuple:
 def _groups_of(dsets: Any, balance: Any) -> list[tuple]:
     "What the training samples are balanced over"
     if balance is True or isinstance(balance, Mapping): return _labels_of(dsets)
-    if isinstance(balance, str) and balance in getattr(dsets.items, 'columns', ()): return [(o,) for o in dsets.items[balance].iloc[list(dsets.splits[0])]]
+    if isinstance(balance, str) and balance in getattr(dsets.source, 'columns', ()): return [(o,) for o in dsets.source[balance].iloc[list(dsets.splits[0])]]
     if balance == 'classes': return _labels_of(dsets)
-    if callable(balance): return [(balance(_item(dsets.items, int(i))),) for i in dsets.splits[0]]
-    columns = list(getattr(dsets.items, 'columns', ()))
+    if callable(balance): return [(balance(_item(dsets.source, int(i))),) for i in dsets.splits[0]]
+    columns = list(getattr(dsets.source, 'columns', ()))
     raise ValueError(f"balance is True, 'classes', a dictionary of shares, a column of the items, or a function of an item, not {balance!r}.{did_you_mean(str(balance), map(str, columns))}")
 
 def shares_of(
@@ -60,7 +60,7 @@ def shares_of(
     return {**{o: share / (1 if others else given) for o, share in wanted.items()}, **rest}
 
 def balanced_order(
-    dsets: Any,          # `Datasets`: items, splits, fields
+    dsets: Any,          # `Datasets`: source, splits, fields
     balance: bool | str | Mapping[Any, float] | Callable[[Any], Any], # what is to be drawn how often
     n: int | None = None, # samples an epoch; as many as there are if not given
 ) -> Weighted:           # an order for the training loader

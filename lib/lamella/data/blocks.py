@@ -11,11 +11,12 @@ import torch
 
 from ..base.nested import as_list
 from ..base.registry import did_you_mean, register
+from .labels import is_missing
 from .transform import Transform
 from .types import Category, TensorCategory, TensorFloat, TitledFloat, TitledTuple
 
 # %% auto #0
-__all__ = ['CategoryMap', 'Categorize', 'RegressionSetup', 'TransformBlock', 'CategoryBlock', 'RegressionBlock']
+__all__ = ['CategoryMap', 'Categorize', 'name_of_value', 'RegressionSetup', 'TransformBlock', 'CategoryBlock', 'RegressionBlock']
 
 # %% ../../../nbs/10_data/06_blocks.ipynb #7bac817b
 class CategoryMap(list):
@@ -25,8 +26,9 @@ class CategoryMap(list):
         sort: bool = True,     # sort the classes; otherwise in the order in which they come
         add_na: bool = False,  # begin with a class '#na#' for what is unknown
     ):
-        classes = list(dict.fromkeys(col))
-        if sort: classes = _sorted(classes)
+        given = _own_order(col)
+        classes = list(dict.fromkeys(o for o in (col if given is None else given) if not is_missing(o)))
+        if sort and given is None: classes = _sorted(classes)
         super().__init__((['#na#'] if add_na else []) + classes)
         self.o2i = {o: i for i, o in enumerate(self)}
         self.add_na = add_na
@@ -46,6 +48,11 @@ class CategoryMap(list):
     ) -> list[Any]:         # their classes
         "The classes of several numbers"
         return [self[int(i)] for i in ids]
+
+def _own_order(col: Any) -> list[Any] | None:
+    "The classes of categorical data of pandas (or of its dtype), in the order that it gives them"
+    found = getattr(getattr(col, 'dtype', col), 'categories', None)
+    return None if found is None else list(found)
 
 def _sorted(classes: list[Any]) -> list[Any]:
     "`classes` in order, if they have one"
@@ -69,11 +76,11 @@ class Categorize(Transform):
 
     def setups(self, items: Iterable[Any]) -> None:
         if self.vocab is not None: return
-        labels = [None if o != o else o for o in items]
-        if None in labels: raise ValueError(f'{_name_of(items, labels.index(None))} has no label: its label function returned None or NaN')
-        self.vocab = CategoryMap(labels, self.sort, self.add_na)
-        if len(self.vocab) < 2: raise ValueError(
-            f'all {len(labels)} training items have the same label {self.vocab}: a classifier needs at least two classes. '
+        found = dict.fromkeys(items.in_any_order() if self.sort and hasattr(items, 'in_any_order') else items)
+        if any(map(is_missing, found)): raise ValueError(_no_label(items))
+        self.vocab = CategoryMap(map(_copy, found), self.sort, self.add_na)
+        if len(found) < 2: raise ValueError(
+            f'all training items have the same label {list(found)}: a classifier needs at least two classes. '
             'Labels come from get_y; with parent_label, each class needs a folder of its own. CategoryBlock(vocab=[...]) sets the classes.')
 
     def encodes(self, o: object) -> TensorCategory:
@@ -91,10 +98,22 @@ class Categorize(Transform):
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
-        return {'vocab': list(self.vocab), 'sort': False, 'add_na': False}
+        return {'vocab': list(self.vocab)[self.vocab.add_na:], 'sort': False, 'add_na': self.vocab.add_na}
 
-def _name_of(items: Any, i: int) -> str:
-    "What to call item `i` in a message"
+def _copy(label: Any) -> Any:
+    "A string of its own: one that came with a million paths keeps a megabyte of freed memory from being given back"
+    return label[:1] + label[1:] if type(label) is str else label
+
+def _no_label(items: Iterable[Any]) -> str:
+    "What to say of training items of which one has no label"
+    first = next(i for i, o in enumerate(items) if is_missing(o))
+    return f'{name_of_value(items, first)} has no label: its label function returned None or NaN'
+
+def name_of_value(
+    items: Any, # what a transform was set up with
+    i: int,     # which of them
+) -> str:       # such as "item 17 (cats/17.jpg)"
+    "What to call the item behind value `i` in a message"
     return items.name(i) if hasattr(items, 'name') else f'training item {i}'
 
 def _unknown_label(label: Any, vocab: CategoryMap) -> str:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..base.nested import as_list
 from ..base.registry import checked_keywords
 from .blocks import TransformBlock
@@ -16,7 +18,7 @@ from .labels import function_name
 from .loader import refused_keywords
 from .loaders import DataLoaders
 from .making import loader_keywords
-from .splitters import RandomSplitter, Splitter
+from .splitters import RandomSplitter, Splitter, as_indices
 from .pipeline import Pipeline, as_transform, describe_value
 from .transform import Transform
 
@@ -154,7 +156,7 @@ class DataBlock:
     ) -> None:
         "Print what happens to the first sample, step by step"
         dsets = self.datasets(source, verbose=True)
-        item = get_item(dsets.items, int(dsets.train.index[0]))
+        item = get_item(dsets.train.items, 0)
         values = [_trace(f'field {k}', item, field.fs) for k, field in enumerate(dsets.fields)]
         _trace('sample', tuple(values), Pipeline(self.item_tfms).fs)
         dls = dsets.dataloaders(bs=bs, num_workers=0, after_item=self.item_tfms, after_batch=self.batch_tfms)
@@ -195,11 +197,12 @@ def _fresh(f: Any) -> Transform:
     f = as_transform(f)
     return type(f)(**f.init_args) if f._verbs['setups'] else f
 
-def _checked_splits(splits: Sequence, n: int, splitter: Any) -> list[list[int]]:
+def _checked_splits(splits: Sequence, n: int, splitter: Any) -> list[np.ndarray]:
     "Splits that have training items, and no index that does not exist"
-    splits = [list(o) for o in splits]
-    if not splits or not splits[0]: raise ValueError(f'the splitter left no training items of {n} items')
-    if max(max(o, default=0) for o in splits) >= n: raise ValueError(f'the splitter gave an index of {max(max(o, default=0) for o in splits)}, but there are {n} items')
+    splits = [as_indices(o) for o in splits]
+    if not splits or not len(splits[0]): raise ValueError(f'the splitter left no training items of {n} items')
+    largest = max(int(o.max(initial=0)) for o in splits)
+    if largest >= n: raise ValueError(f'the splitter gave an index of {largest}, but there are {n} items')
     return splits
 
 def _trace(title: str, value: Any, fs: list[Transform]) -> Any:

@@ -4,20 +4,25 @@
 
 # %% ../../../nbs/10_data/10_datasets.ipynb #9cbbe164
 from __future__ import annotations
+import copy
+import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from fastcore.foundation import is_indexer, mask2idxs
 
-from ..base.nested import as_list
+from ..base.packed import Chosen, PackedL, as_texts, packed
+from .loader import DataLoader
 from .making import MakesLoaders
 from .pipeline import DataError, Pipeline, data_error, describe_value
+from .splitters import as_indices
 from .transform import Transform
 
 # %% auto #0
-__all__ = ['get_item', 'item_name', 'Datasets']
+__all__ = ['get_item', 'item_getter', 'item_name', 'Datasets']
 
 # %% ../../../nbs/10_data/10_datasets.ipynb #3f7163d5
 def get_item(
@@ -25,7 +30,17 @@ def get_item(
     i: int,     # which one
 ) -> Any:       # the item
     "Item `i`, whatever holds it"
-    return items.iloc[i] if hasattr(items, 'iloc') else items[i]
+    return item_getter(items)(i)
+
+def item_getter(
+    items: Any,                 # list, DataFrame of pandas or polars, array, dataset
+) -> Callable[[int], Any]:      # from a number to an item
+    "What finds the items in whatever holds them: rows of tables are series (pandas) or dictionaries (polars, Hugging Face)"
+    if hasattr(items, 'iloc'): return lambda i: items.iloc[i]
+    if _is_polars(items): return lambda i: items.row(i, named=True)
+    return items.__getitem__
+
+def _is_polars(items: Any) -> bool: return type(items).__module__.partition('.')[0] == 'polars' and hasattr(items, 'row')
 
 def item_name(
     items: Any, # list, DataFrame, array, dataset
@@ -43,17 +58,34 @@ class _FieldValues:
 
     def __len__(self) -> int: return len(self.index)
 
-    def __getitem__(self, i: int) -> Any:
-        value, number = get_item(self.items, int(self.index[i])), int(self.index[i])
-        try:
-            for f in self.tfms: value = f(value, 0)
-        except Exception as error:
-            raise data_error(f'{item_name(self.items, number)}: {f.name}', error) from error
-        return value
+    def __getitem__(self, i: int) -> Any: return next(self._of([int(self.index[i])]))
+
+    def in_any_order(self) -> _FieldValues:
+        "The same values in the order in which the items lie in memory: four times as fast, for who does not mind"
+        return _FieldValues(self.items, np.sort(self.index), self.tfms)
+
+    def __iter__(self) -> Iterator[Any]:
+        for k in range(0, len(self.index), 8192): yield from self._of(self.index[k:k + 8192].tolist())
+
+    def _of(self, numbers: list[int]) -> Iterator[Any]:
+        "The values of some items, in one loop without a detour: it runs for every training item"
+        steps = [(f, f.func if f.is_getter and callable(getattr(f, 'func', None)) else functools.partial(f, split_idx=0)) for f in self.tfms]
+        for number, value in zip(numbers, self._items(numbers)):
+            try:
+                for f, step in steps: value = step(value)
+            except Exception as error: raise data_error(f'{item_name(self.items, number)}: {f.name}', error) from error
+            yield value
+
+    def _items(self, numbers: list[int]) -> Iterable[Any]:
+        "The items; strings where they are packed paths and the first step takes strings, too"
+        if not isinstance(self.items, PackedL): return map(item_getter(self.items), numbers)
+        chosen = self.items[numbers]
+        return as_texts(chosen) if self.tfms and getattr(getattr(self.tfms[0], 'func', None), 'takes_text', False) else chosen
+
+    @property
+    def vocab(self) -> Any: return next((f.vocab for f in reversed(self.tfms) if getattr(f, 'vocab', None) is not None), None)
 
     def name(self, i: int) -> str: return item_name(self.items, int(self.index[i]))
-
-    def __iter__(self) -> Iterator[Any]: return (self[i] for i in range(len(self)))
 
 # %% ../../../nbs/10_data/10_datasets.ipynb #b2b84735
 class Datasets(MakesLoaders):
@@ -65,18 +97,26 @@ class Datasets(MakesLoaders):
         n_inp: int | None = None,                    # how many of the fields are inputs of the model; all but one if not given
         do_setup: bool = True,                       # let the transforms learn their state
         split_idx: int | None = None,                # which of the splits this is
+        dl_type: type[DataLoader] | None = None,     # class of the loaders
     ):
-        self.items, self.split_idx = items, split_idx
-        self.splits = [np.asarray(o, dtype=np.int64) for o in splits] if splits is not None else [np.arange(len(items))]
+        self.source, self.dl_type = items, dl_type
+        self.splits = [as_indices(o) for o in splits] if splits is not None else [np.arange(len(items))]
         self.fields = [Pipeline(o) for o in (tfms if tfms is not None else [None])]
         self.n_inp = n_inp if n_inp is not None else max(1, len(self.fields) - 1)
-        if do_setup: self._setup()
+        if do_setup:
+            self._setup()
+            self.source = packed(items)
+        self._choose(split_idx)
+
+    def _choose(self, split_idx: int | None) -> None:
+        "Become one of the splits"
+        self.split_idx = split_idx
         self.pipelines = [o.for_split(split_idx) for o in self.fields]
-        self.index = self.splits[split_idx] if split_idx is not None else np.arange(len(items))
+        self.index = self.splits[split_idx] if split_idx is not None else range(len(self.source))
 
     def _setup(self) -> None:
         for field in self.fields:
-            for k, f in enumerate(field.fs): self._setup_one(f, _FieldValues(self.items, self.splits[0], field.fs[:k]))
+            for k, f in enumerate(field.fs): self._setup_one(f, _FieldValues(self.source, self.splits[0], field.fs[:k]))
 
     def _setup_one(self, f: Transform, values: _FieldValues) -> None:
         try: f.setup(values, train_setup=True)
@@ -87,26 +127,44 @@ class Datasets(MakesLoaders):
 
     def __len__(self) -> int: return len(self.index)
 
-    def __getitem__(self, i: int) -> tuple: # one value a field
+    def __getitem__(self, i: Any) -> Any: # one value a field; a list of such for a slice, a list or a mask
         "Sample `i`: each pipeline applied to the item"
+        if isinstance(i, slice): return [self[k] for k in range(len(self))[i]]
+        if not is_indexer(i): return [self[k] for k in mask2idxs(i)]
         number = int(self.index[i])
-        try:
-            item = get_item(self.items, number)
-            return tuple([pipeline(item) for pipeline in self.pipelines])
-        except Exception as error: raise data_error(item_name(self.items, number), error) from error
+        try: return self._sample(get_item(self.source, number))
+        except Exception as error: raise data_error(item_name(self.source, number), error) from error
+
+    def _sample(self, item: Any) -> Any: return tuple([pipeline(item) for pipeline in self.pipelines])
+
+    @property
+    def items(self) -> Any: # a view of a list; of a table a table
+        "The items of this set, in its order"
+        if self.split_idx is None: return self.source
+        if hasattr(self.source, 'iloc'): return self.source.iloc[self.index]
+        if _is_polars(self.source): return self.source[self.index]
+        if hasattr(self.source, 'column_names') and hasattr(self.source, 'select'): return self.source.select(self.index)
+        return PackedL(Chosen(self.source, self.index))
 
     def name_of_item(self,
         i: int, # number of a sample
     ) -> str:   # such as "item 17 (cats/17.jpg)"
         "How a message calls the item behind sample `i`"
-        return item_name(self.items, int(self.index[i]))
+        return item_name(self.source, int(self.index[i]))
 
     def subset(self,
         i: int,    # 0: training, 1: validation
     ) -> Datasets: # a view of the same items with the same transforms
         "One of the splits"
         if not 0 <= i < len(self.splits): raise IndexError(f'there are {len(self.splits)} splits, and number {i} is none of them')
-        return Datasets(self.items, self.fields, self.splits, self.n_inp, do_setup=False, split_idx=i)
+        made = copy.copy(self)
+        made._choose(i)
+        return made
+
+    @property
+    def n_subsets(self) -> int: # 2, almost always
+        "How many splits there are"
+        return len(self.splits)
 
     @property
     def train(self) -> Datasets: # split 0
@@ -128,7 +186,7 @@ class Datasets(MakesLoaders):
 
     def _for_new_items(self, field: Pipeline, items: Any) -> Pipeline:
         "Leave out the getter (`get_x`) where the new items are already what it would get"
-        same = not len(items) or not len(self.items) or _kind(get_item(items, 0)) == _kind(get_item(self.items, 0))
+        same = not len(items) or not len(self.source) or _kind(get_item(items, 0)) == _kind(get_item(self.source, 0))
         getters = [f for f in field.fs if getattr(f, 'is_getter', False)]
         return field if same or not getters else Pipeline([f for f in field.fs if f not in getters])
 

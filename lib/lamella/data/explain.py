@@ -132,6 +132,6 @@ def explain_loader(
 def _first_sample(follower: _Explainer, dataset: Any, i: int) -> Any:
     "A sample of the dataset; of `Datasets`, each field is followed"
     if not hasattr(dataset, 'pipelines'): return dataset[i]
-    items, number = dataset.items, int(dataset.index[i])
+    items, number = dataset.source, int(dataset.index[i])
     item = items.iloc[number] if hasattr(items, 'iloc') else items[number]
     return tuple([follower.follow('type', field.fs, item, k) for k, field in enumerate(dataset.pipelines)])

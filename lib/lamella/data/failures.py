@@ -47,7 +47,7 @@ def bad_item(
 
 def _file(dataset: Any, i: Any) -> str | None:
     "The path of an item, if the items of the dataset are paths"
-    try: item = dataset.items[int(dataset.index[i])]
+    try: item = dataset.source[int(dataset.index[i])]
     except Exception: return None
     return os.fspath(item) if isinstance(item, (str, os.PathLike)) else None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..base.nested import map_nested, to_device
+from .datasets import get_item
 from .pipeline import Pipeline, data_error, describe_value
 from .reading import collate
 from .types import TensorBase, plain
@@ -47,7 +48,7 @@ class InferencePipeline:
         "What a loader does to its samples"
         dataset, fields = dl.dataset, getattr(dl.dataset, 'fields', None)
         if fields is None: return cls([None], [], getattr(dl, 'after_item', None), getattr(dl, 'after_batch', None))
-        kind = kind_of(dataset.items[0] if not hasattr(dataset.items, 'iloc') else dataset.items.iloc[0]) if len(dataset.items) else None
+        kind = kind_of(get_item(dataset.source, 0)) if len(dataset.source) else None
         n = dataset.n_inp
         types = list((dl.output_types or dl.input_types or ())[n:])
         return cls(fields[:n], fields[n:], dl.after_item, dl.after_batch, kind, types)

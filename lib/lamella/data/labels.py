@@ -7,23 +7,39 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..base.nested import as_list
 
 # %% auto #0
-__all__ = ['parent_label', 'RegexLabeller', 'using_attr', 'ColReader', 'ItemGetter', 'AttrGetter', 'function_name']
+__all__ = ['parent_label', 'folder_name', 'RegexLabeller', 'using_attr', 'is_missing', 'ColReader', 'ItemGetter', 'AttrGetter',
+           'function_name']
 
 # %% ../../../nbs/10_data/01_labels.ipynb #e2dfa373
 def parent_label(
     o: str | os.PathLike, # path of a file
 ) -> str:                 # name of the folder it is in
     "Label an item with the name of its folder"
-    return Path(o).parent.name
+    return o.parent.name if isinstance(o, PurePath) else folder_name(o, 1)
+
+parent_label.takes_text = True
+_UNCLEAR = frozenset(['', '.']) # parts of a path that `Path` leaves out
+
+def folder_name(
+    o: str | os.PathLike, # path of a file
+    up: int,              # 1: the folder that it is in, 2: the folder of that one, ...
+) -> str:                 # its name; empty if the path does not say
+    "The name of a folder that a file is in"
+    parts = o.rsplit('/', up + 1)[-up - 1:] if type(o) is str and os.sep == '/' else ()
+    if len(parts) == up + 1 and _UNCLEAR.isdisjoint(parts): return parts[0]
+    path = o if isinstance(o, PurePath) else Path(o)
+    for _ in range(up): path = path.parent
+    return path.name
 
 class RegexLabeller:
     "Label an item with the first group of a regular expression that is found in its path"
+    takes_text = True
     def __init__(self,
         pat: str,            # regular expression with one group
         match: bool = False, # whether it has to match from the beginning of the path
@@ -45,9 +61,22 @@ class using_attr:
         attr: str,               # name of the attribute
     ): self.f, self.attr = f, attr
 
-    def __call__(self, o: Any) -> Any: return self.f(getattr(o, self.attr))
+    @property
+    def takes_text(self) -> bool: # whether a string does as well as a path
+        "The name can be read from a string, too"
+        return self.attr == 'name'
+
+    def __call__(self, o: Any) -> Any:
+        return self.f(os.path.basename(o) if self.takes_text and isinstance(o, str) else getattr(o, self.attr))
 
 # %% ../../../nbs/10_data/01_labels.ipynb #7055ebfc
+def is_missing(
+    value: Any, # of a column, or a label
+) -> bool:      # also for `pandas.NA`, which is neither true nor false
+    "Is it None, NaN or another of the values that stand for nothing?"
+    try: return value is None or bool(value != value)
+    except (TypeError, ValueError): return type(value).__name__ == 'NAType'
+
 class ColReader:
     "Read one or several columns of a row, with a prefix, a suffix or a delimiter"
     def __init__(self,
@@ -61,7 +90,7 @@ class ColReader:
 
     def _column(self, row: Any, col: str | int) -> Any:
         value = row.iloc[col] if isinstance(col, int) and hasattr(row, 'iloc') else row[col] if isinstance(col, int) or hasattr(row, 'keys') else getattr(row, col)
-        if self.label_delim is not None: return str(value).split(self.label_delim) if str(value) and value == value else []
+        if self.label_delim is not None: return [] if is_missing(value) or value == '' else str(value).split(self.label_delim)
         return f'{self.pref}{value}{self.suff}' if self.pref or self.suff else value
 
     def __call__(self, row: Any, **kwargs: Any) -> Any:

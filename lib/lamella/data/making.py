@@ -90,7 +90,7 @@ class MakesLoaders:
         loaders = []
         for i in range(self.n_subsets):
             own = dict(bs=bs, **train) if i == 0 else dict(bs=val_bs or bs, shuffle=val_shuffle)
-            loaders.append((dl_type or DataLoader)(self.subset(i), **{**own, 'device': device, **kwargs, **(dl_kwargs[i] if dl_kwargs else {})})) # type: ignore[attr-defined]
+            loaders.append((dl_type or getattr(self, 'dl_type', None) or DataLoader)(self.subset(i), **{**own, 'device': device, **kwargs, **(dl_kwargs[i] if dl_kwargs else {})})) # type: ignore[attr-defined]
         dls = DataLoaders(*loaders, path=path, device=device)
         dls.setup_tfms()
         return dls
@@ -121,5 +121,5 @@ def _training_weights(wgts: Sequence[float], dsets: Any) -> np.ndarray:
     "The weights of the training samples; those of all items are understood too"
     wgts, index = np.asarray(wgts, dtype=float), np.asarray(dsets.splits[0], dtype=np.int64)
     if len(wgts) == len(index): return wgts
-    if len(wgts) == len(dsets.items): return wgts[index]
-    raise ValueError(f'there are {len(wgts)} weights: give one for each of the {len(index)} training samples, or for each of the {len(dsets.items)} items')
+    if len(wgts) == len(dsets.source): return wgts[index]
+    raise ValueError(f'there are {len(wgts)} weights: give one for each of the {len(index)} training samples, or for each of the {len(dsets.source)} items')

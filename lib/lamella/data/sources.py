@@ -11,6 +11,8 @@ from pathlib import Path
 
 from fastcore.foundation import L
 
+from ..base.packed import PackedL, PathPacker
+
 # %% auto #0
 __all__ = ['image_extensions', 'get_files', 'get_image_files', 'FileGetter', 'ImageGetter']
 
@@ -40,13 +42,25 @@ def get_files(
     "All files in `path` with one of `extensions`; `FileNotFoundError` if there is no such folder"
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder '{path}' (looked for it in '{Path.cwd().name}', the current folder)")
-    wanted = None if extensions is None else tuple(o.lower() for o in extensions)
+    fits = _filter(extensions)
     names = frozenset([folders] if isinstance(folders, str) else folders or ())
-    found = []
+    packer = PathPacker()
     for folder, files in _walk(str(path), recurse, names, followlinks):
-        parent = Path(folder)
-        found += [parent/o for o in files if not o.startswith('.') and (wanted is None or o.lower().endswith(wanted))]
-    return L(found)
+        packer.add(packer.number(_beginning(folder)), [o for o in files if fits(o)])
+    return PackedL(packer.packed())
+
+def _filter(
+    extensions: Iterable[str] | None, # such as {'.png'}
+) -> Callable[[str], bool]:           # is this file wanted?
+    "A function of a file's name; hidden files are never wanted"
+    if extensions is None: return lambda o: o[0] != '.'
+    wanted = {o.lower() for o in extensions}
+    if all(o.startswith('.') and o.count('.') == 1 for o in wanted): return lambda o: o[o.rfind('.'):].lower() in wanted and o[0] != '.'
+    return lambda o: o.lower().endswith(tuple(wanted)) and o[0] != '.'
+
+def _beginning(folder: str) -> str:
+    "What the paths of the files in `folder` begin with"
+    return '' if folder == os.curdir else os.path.join(folder, '')
 
 def get_image_files(
     path: str | os.PathLike,              # folder to look in

@@ -14,12 +14,21 @@ import torch
 from fastcore.foundation import L
 
 from ..base.nested import as_list
+from ..base.packed import PackedL, as_texts
+from ..base.registry import require
+from .labels import folder_name
 
 Splitter = Callable[[Any], tuple[L, L]]
 
+def as_indices(
+    numbers: Any, # list, `L`, array or tensor of integers
+) -> np.ndarray:  # int64; the same memory where it is one already
+    "Indices as an array"
+    return np.asarray(numbers.items if isinstance(numbers, L) else numbers, dtype=np.int64)
+
 # %% auto #0
-__all__ = ['Splitter', 'RandomSplitter', 'IndexSplitter', 'EndSplitter', 'MaskSplitter', 'FuncSplitter', 'ColSplitter',
-           'GrandparentSplitter', 'FileSplitter']
+__all__ = ['Splitter', 'as_indices', 'RandomSplitter', 'IndexSplitter', 'EndSplitter', 'MaskSplitter', 'FuncSplitter',
+           'ColSplitter', 'GrandparentSplitter', 'FileSplitter', 'TrainTestSplitter', 'RandomSubsetSplitter']
 
 # %% ../../../nbs/10_data/02_splitters.ipynb #87b4e594
 def RandomSplitter(
@@ -30,9 +39,9 @@ def RandomSplitter(
     if not 0 <= valid_pct <= 1: raise ValueError(f'valid_pct is a share between 0 and 1, not {valid_pct}')
     def _split(items: Any) -> tuple[L, L]:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(items), generator=generator).tolist()
+        order = torch.randperm(len(items), generator=generator).numpy()
         cut = int(valid_pct * len(items))
-        return L(order[cut:]), L(order[:cut])
+        return PackedL(order[cut:]), PackedL(order[:cut])
     return _split
 
 # %% ../../../nbs/10_data/02_splitters.ipynb #1790018e
@@ -41,8 +50,8 @@ def IndexSplitter(
 ) -> Splitter:                # a function from items to (training, validation) indices
     "The items with these indices are for validation"
     def _split(items: Any) -> tuple[L, L]:
-        train = np.setdiff1d(np.arange(len(items)), np.array(valid_idx, dtype=int))
-        return L(train.tolist()), L(list(valid_idx))
+        valid = as_indices(valid_idx)
+        return PackedL(np.setdiff1d(np.arange(len(items)), valid)), PackedL(valid)
     return _split
 
 def EndSplitter(
@@ -53,7 +62,7 @@ def EndSplitter(
     def _split(items: Any) -> tuple[L, L]:
         n = len(items)
         cut = n - int(valid_pct * n) if valid_last else int(valid_pct * n)
-        first, last = L(range(cut)), L(range(cut, n))
+        first, last = PackedL(np.arange(cut)), PackedL(np.arange(cut, n))
         return (first, last) if valid_last else (last, first)
     return _split
 
@@ -62,14 +71,18 @@ def MaskSplitter(
 ) -> Splitter:            # a function from items to (training, validation) indices
     "Split by a mask"
     def _split(items: Any) -> tuple[L, L]:
-        return IndexSplitter(np.flatnonzero(np.asarray(mask)).tolist())(items)
+        for_valid = np.asarray(mask, dtype=bool)
+        if len(for_valid) != len(items): raise ValueError(f'the mask has {len(for_valid)} values for {len(items)} items: it needs one for each')
+        return PackedL(np.flatnonzero(~for_valid)), PackedL(np.flatnonzero(for_valid))
     return _split
 
 def FuncSplitter(
     func: Callable[[Any], bool], # is this item for validation?
 ) -> Splitter:                   # a function from items to (training, validation) indices
     "Split by a function of the item"
-    def _split(items: Any) -> tuple[L, L]: return MaskSplitter([bool(func(o)) for o in items])(items)
+    def _split(items: Any) -> tuple[L, L]:
+        seen = as_texts(items) if getattr(func, 'takes_text', False) else items
+        return MaskSplitter([bool(func(o)) for o in seen])(items)
     return _split
 
 def ColSplitter(
@@ -78,10 +91,17 @@ def ColSplitter(
 ) -> Splitter:                   # a function from a table to (training, validation) indices
     "Split a table by one of its columns"
     def _split(items: Any) -> tuple[L, L]:
-        if not hasattr(items, 'iloc'): raise TypeError(f'ColSplitter needs a table (a DataFrame), not a {type(items).__name__}')
-        column = items.iloc[:, col] if isinstance(col, int) else items[col]
+        column = _column(items, col)
         return MaskSplitter(column.astype(bool) if on is None else column.isin(as_list(on)))(items)
     return _split
+
+def _column(table: Any, col: str | int) -> Any:
+    "A column of a DataFrame of pandas or polars, or of a dataset of Hugging Face, as one of pandas"
+    if hasattr(table, 'iloc'): return table.iloc[:, col] if isinstance(col, int) else table[col]
+    names = getattr(table, 'column_names', None) or getattr(table, 'columns', None)
+    if not names: raise TypeError(f'ColSplitter needs a table (a DataFrame), not a {type(table).__name__}')
+    import pandas as pd
+    return pd.Series(list(table[names[col] if isinstance(col, int) else col]))
 
 # %% ../../../nbs/10_data/02_splitters.ipynb #9fc56f5e
 def GrandparentSplitter(
@@ -90,11 +110,11 @@ def GrandparentSplitter(
 ) -> Splitter:                             # a function from items to (training, validation) indices
     "Split by the name of the folder above the label's folder"
     def _split(items: Any) -> tuple[L, L]:
-        names = [Path(o).parent.parent.name for o in items]
+        names = [folder_name(o, 2) for o in as_texts(items)]
         def _in(wanted: str | list[str]) -> L:
-            wanted = as_list(wanted)
-            found = L([i for i, name in enumerate(names) if name in wanted])
-            if not found: raise ValueError(f'no item is in a folder {wanted}: the folders are {sorted(set(names))}')
+            wanted = frozenset(as_list(wanted))
+            found = PackedL(np.array([i for i, name in enumerate(names) if name in wanted], dtype=np.int64))
+            if not len(found): raise ValueError(f'no item is in a folder {wanted}: the folders are {sorted(set(names))}')
             return found
         return _in(train_name), _in(valid_name)
     return _split
@@ -104,4 +124,55 @@ def FileSplitter(
 ) -> Splitter:                # a function from items to (training, validation) indices
     "The items whose file names stand in `fname` are for validation"
     valid = set(Path(fname).read_text(encoding='utf-8').split('\n'))
-    return FuncSplitter(lambda o: Path(o).name in valid)
+    def _is_valid(o: str | os.PathLike) -> bool: return os.path.basename(o) in valid
+    _is_valid.takes_text = True
+    return FuncSplitter(_is_valid)
+
+# %% ../../../nbs/10_data/02_splitters.ipynb #e3d74837
+def TrainTestSplitter(
+    test_size: float | int | None = 0.2,   # share of the items for validation, or how many
+    random_state: int | None = None,       # the same number, the same split
+    stratify: Callable[[Any], Any] | Sequence[Any] | None = None, # labels whose shares are kept: a list, or a function of the item
+    train_size: float | int | None = None, # share of the items for training, or how many; the rest if not given
+    shuffle: bool = True,                  # at random; otherwise the last ones are for validation
+) -> Splitter:                             # a function from items to (training, validation) indices
+    "Split with scikit-learn's `train_test_split`"
+    def _split(items: Any) -> tuple[L, L]:
+        split = require('sklearn.model_selection', 'lamella[sklearn]', 'TrainTestSplitter').train_test_split
+        labels = _labels_of(items, stratify)
+        try: train, valid = split(np.arange(len(items)), test_size=test_size, random_state=random_state, stratify=labels, train_size=train_size, shuffle=shuffle)
+        except ValueError as error: raise ValueError(f'TrainTestSplitter cannot split {len(items)} items: {error}{_rare(labels)}') from error
+        return PackedL(train), PackedL(valid)
+    return _split
+
+def _labels_of(items: Any, stratify: Any) -> Any:
+    "One label an item, or `None`"
+    if not callable(stratify):
+        if stratify is not None and len(stratify) != len(items): raise ValueError(f'stratify has {len(stratify)} labels for {len(items)} items: it needs one for each')
+        return list(stratify) if isinstance(stratify, L) else stratify
+    if hasattr(items, 'iloc'): return [stratify(items.iloc[i]) for i in range(len(items))]
+    return [stratify(o) for o in (as_texts(items) if getattr(stratify, 'takes_text', False) else items)]
+
+def _rare(labels: Any) -> str:
+    "Which labels stand in the way of keeping their shares"
+    names, counts = np.unique(np.asarray([] if labels is None else labels).astype(str), return_counts=True)
+    return f' (only one item has {", ".join(map(repr, names[counts < 2][:5].tolist()))})' if (counts < 2).any() else ''
+
+def RandomSubsetSplitter(
+    train_sz: float | int,   # share of the items for training, below 1, or how many
+    valid_sz: float | int,   # share of the items for validation, below 1, or how many
+    seed: int | None = None, # the same seed, the same split
+) -> Splitter:               # a function from items to (training, validation) indices
+    "Take only some of the items, at random: to try a program on a part of the data"
+    for name, size in (('train_sz', train_sz), ('valid_sz', valid_sz)):
+        if not (0 < size < 1 or isinstance(size, int) and size >= 1): raise ValueError(f'{name} is a share between 0 and 1, or a count, not {size}')
+    if max(train_sz, valid_sz) < 1 < train_sz + valid_sz: raise ValueError(
+        f'train_sz={train_sz} and valid_sz={valid_sz} are more than all items together: their sum is at most 1')
+    def _split(items: Any) -> tuple[L, L]:
+        n = len(items)
+        train, valid = (int(n * o) if o < 1 else int(o) for o in (train_sz, valid_sz))
+        if train + valid > n: raise ValueError(f'{train} training and {valid} validation items are more than there are: {n}')
+        if not train or not valid: raise ValueError(f'train_sz={train_sz} and valid_sz={valid_sz} of {n} items are {train} and {valid}: give larger shares, or counts')
+        order = RandomSplitter(0, seed)(items)[0]
+        return order[:train], order[train:train + valid]
+    return _split

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fastcore.foundation import L
 
 from ..base.figures import get_grid
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['TensorBase', 'plain', 'show_title', 'Titled', 'TitledStr', 'TitledFloat', 'TitledTuple', 'Category', 'TensorCategory',
-           'TensorFloat']
+           'MultiCategory', 'TensorMultiCategory', 'TensorFloat']
 
 # %% ../../../nbs/10_data/03_types.ipynb #9f313225
 class TensorBase(torch.Tensor):
@@ -96,6 +97,19 @@ class Category(TitledStr):
 
 class TensorCategory(TensorBase):
     "A class by its number: an integer"
+
+class MultiCategory(L):
+    "Any number of classes by their names"
+    def show(self,
+        ctx: Axes | None = None, # where to show
+        sep: str = ';',          # put between the names
+        **kwargs: Any,           # passed on to `show_title`
+    ) -> Any:                    # the context
+        "Show the names above `ctx`"
+        return show_title(sep.join(map(str, self)), ctx=ctx, **kwargs)
+
+class TensorMultiCategory(TensorCategory):
+    "Any number of classes: their numbers, or a zero or one for each class"
 
 class TensorFloat(TensorBase):
     "One or several numbers to be predicted"
