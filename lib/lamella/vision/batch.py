@@ -19,6 +19,7 @@ import torch
 from ..base.registry import register
 from ..data.transform import Transform, find_handler
 from ..data.types import plain
+from .points import TensorBBox, TensorPoint
 from .types import TensorImage, TensorImageBase, TensorMask
 
 # %% auto #0
@@ -82,6 +83,13 @@ class Step:
         "Change masks"
         return x
 
+    def points(self,
+        x: torch.Tensor,       # (n,k,2), from -1 to 1 of the images
+        size: tuple[int, ...], # (height, width) of the images before
+    ) -> torch.Tensor:         # (n,k,2), from -1 to 1 of the images after
+        "Move points, all of the batch"
+        return x
+
 # %% ../../../nbs/60_vision/02_batch.ipynb #7e599c35
 _PART = 600_000 # numbers in a part of a batch: as floats they fit into the cache of a core
 
@@ -141,10 +149,11 @@ class _Run:
         for group in self.groups if picture is not None else []:
             active = [f for f in group if f.split_idx in (None, split_idx)]
             if active: steps += type(group[0]).plan(active, picture, split_idx)
-        return self._field(x, steps, split_idx)
+        return self._field(x, steps, split_idx, picture)
 
-    def _field(self, x: Any, steps: list[Step], split_idx: int | None) -> Any:
-        if isinstance(x, tuple): return tuple([self._field(o, steps, split_idx) for o in x])
+    def _field(self, x: Any, steps: list[Step], split_idx: int | None, picture: torch.Tensor | None) -> Any:
+        if isinstance(x, tuple): return tuple([self._field(o, steps, split_idx, picture) for o in x])
+        if isinstance(x, TensorPoint): return _points(x, steps, picture.shape[-2:]) if steps else x
         if isinstance(x, TensorImageBase):
             if not steps: return x
             alone = x.dim() == (2 if isinstance(x, TensorMask) else 3)
@@ -174,6 +183,15 @@ def _images(x: torch.Tensor, steps: list[Step]) -> torch.Tensor:
 def _masks(x: torch.Tensor, steps: list[Step]) -> torch.Tensor:
     "All steps on a batch of masks"
     return torch.cat(in_parts(lambda part: functools.reduce(lambda y, step: step.mask(y, part), steps, x[part]), x))
+
+def _points(x: TensorPoint, steps: list[Step], size: tuple[int, ...]) -> TensorPoint:
+    "All steps on the points or boxes of a batch, or on those of one image"
+    def _move(points: torch.Tensor) -> torch.Tensor:
+        now, points = size, points.float()
+        for step in steps: points, now = step.points(points, now), step.out_size(now)
+        return points
+    moved = x.moved(_move) if x.dim() == 3 else x.cast(x[None]).moved(_move)
+    return x.cast((moved.clipped() if isinstance(moved, TensorBBox) else moved).reshape(x.shape))
 
 def fuse_batch(
     fs: list[BatchTransform], # neighbours in a pipeline

@@ -4,6 +4,8 @@
 
 # %% ../../../nbs/60_vision/03_geometry.ipynb #262c0224
 from __future__ import annotations
+import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +16,16 @@ import torch.nn.functional as F
 
 from ..base.nested import as_list
 from ..base.registry import register
+from ..data.labels import function_name
 from ..data.transform import RandTransform
 from .batch import BatchTransform, Pixels, Step
-from .transforms import PadMode, checked_choice
+from .cropping import PadMode, checked_choice
 
 Draw = float | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
 
 # %% auto #0
-__all__ = ['Draw', 'draw_numbers', 'between', 'affine_mat', 'Sampling', 'AffineCoordTfm', 'Flip', 'Dihedral', 'Rotate', 'Zoom',
-           'Warp']
+__all__ = ['Draw', 'draw_numbers', 'between', 'affine_mat', 'Sampling', 'AffineCoordTfm', 'Flip', 'DeterministicDraw',
+           'DeterministicFlip', 'Dihedral', 'DeterministicDihedral', 'Rotate', 'Zoom', 'Warp']
 
 # %% ../../../nbs/60_vision/03_geometry.ipynb #c26ab14f
 def draw_numbers(
@@ -68,7 +71,7 @@ class Sampling(Step):
         coord_fs: Sequence[Callable] = (),       # functions of the grid (n,h,w,2), done before `matrix`
         device: torch.device | str = 'cpu',      # where the images are
     ):
-        self.matrix, self.device = matrix.to(device, torch.float32, non_blocking=True), device
+        self.exact, self.matrix, self.device = matrix, matrix.to(device, torch.float32, non_blocking=True), device
         self.flat = bool((matrix[:, 2] == torch.tensor([0., 0., 1.])).all())
         self.detail = float(matrix[:, :2, :2].det().abs().sqrt().min()) if len(matrix) else 1.
         self.size, self.mode, self.mode_mask, self.coord_fs = size, mode, mode_mask, coord_fs
@@ -86,6 +89,7 @@ class Sampling(Step):
     def grid(self,
         size: tuple[int, ...], # (height, width) of the result
         part: slice,           # which images
+        scale: tuple[float, float] = (1., 1.), # of x and y, for images that were averaged down
     ) -> torch.Tensor:         # (n,height,width,2)
         "Where each pixel comes from"
         x, y = self._axis(size[1])[None], self._axis(size[0])[:, None]
@@ -94,24 +98,50 @@ class Sampling(Step):
         torch.add(rows[:, :, 0] * x, rows[:, :, 1] * y + rows[:, :, 2], out=planes)
         grid = (planes if self.flat else planes[:2].div_(planes[2])).permute(1, 2, 3, 0)
         for f in self.coord_fs: grid = f(grid)
-        return grid
+        return grid if scale == (1., 1.) else grid * grid.new_tensor(scale)
 
     def _shrunk(self, y: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         "Average an image that is more than twice as large as the result needs it"
         factor = min(a / b for a, b in zip(y.shape[-2:], size)) * self.detail / 2
         return y if factor <= 1 or self.mode != 'bilinear' else F.interpolate(y, scale_factor=1 / factor, mode='area', recompute_scale_factor=True)
 
+    def _edges(self, size: tuple[int, ...]) -> tuple[float, float]: # x, y
+        "Where the edges of an image are in the coordinates of the grid"
+        h, w = size
+        return (w / max(w - 1, 1), h / max(h - 1, 1)) if self.options['align_corners'] else (1., 1.)
+
     def image(self, px: Pixels, part: slice) -> None: # in place
         "Sample images"
         if self.options['padding_mode'] == 'zeros': px.value()
-        size = self.out_size(px.y.shape[-2:])
-        px.y = F.grid_sample(self._shrunk(px.y, size), self.grid(size, part), mode=self.mode, **self.options)
+        before = tuple(px.y.shape[-2:])
+        size, px.y = self.out_size(before), self._shrunk(px.y, self.out_size(before))
+        now, was = self._edges(px.y.shape[-2:]), self._edges(before)
+        px.y = F.grid_sample(px.y, self.grid(size, part, (now[0] / was[0], now[1] / was[1])), mode=self.mode, **self.options)
+
+    def points(self, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor: # (n,k,2)
+        "Where points go: the inverse of where pixels come from"
+        x = x * x.new_tensor(self._edges(size))
+        for f in reversed(self.coord_fs): x = _inverse_of(f)(x)
+        back = torch.linalg.inv(self.exact).to(x.device, x.dtype)
+        x = x @ back[:, :, :2].mT + back[:, None, :, 2]
+        return x[..., :2] / x[..., 2:] / x.new_tensor(self._edges(self.out_size(size)))
 
     def mask(self, x: torch.Tensor, part: slice) -> torch.Tensor: # (n,h,w)
         "Sample masks"
         grid = self.grid(self.out_size(x.shape[-2:]), part)
         y = F.grid_sample(x.float() if x.dim() == 4 else x.float()[:, None], grid, mode=self.mode_mask, **self.options)
         return (y if x.dim() == 4 else y[:, 0]).to(x.dtype)
+
+
+def _inverse_of(f: Callable) -> Callable:
+    "The way back of a function of the grid, for points"
+    if _takes_invert(f): return functools.partial(f, invert=True)
+    raise TypeError(f'{function_name(f)} moves images, and there are points or boxes in the batch: it has to take an argument invert=False, and with invert=True say where points (n,k,2) go')
+
+def _takes_invert(f: Callable) -> bool:
+    "Can `f` be called with `invert=True`?"
+    parameters = inspect.signature(f).parameters
+    return 'invert' in parameters or any(o.kind is o.VAR_KEYWORD for o in parameters.values())
 
 # %% ../../../nbs/60_vision/03_geometry.ipynb #ee115821
 @register
@@ -165,6 +195,7 @@ class AffineCoordTfm(BatchTransform, RandTransform):
                 if matrix is not None: found.append(matrix)
                 size = f.size or size
             coord_fs = () if split_idx else fs[0].coord_fs
+            for g in coord_fs: getattr(g, 'before_call', lambda batch: None)(x)
             total = _product(found) if found else torch.eye(3, dtype=torch.float64).expand(len(x), 3, 3)
             if coord_fs or size != before or not bool((total == torch.eye(3)).all()):
                 steps.append(Sampling(total, next((f.size for f in reversed(fs) if f.size), None), *options[:4], coord_fs=coord_fs, device=x.device))
@@ -199,6 +230,35 @@ class Flip(AffineCoordTfm):
         zero, one = torch.zeros_like(sign), torch.ones_like(sign)
         return affine_mat(sign, zero, zero, zero, one, zero)
 
+@register
+class DeterministicDraw:
+    "Numbers in their order, one for each batch, and from the beginning again"
+    def __init__(self,
+        vals: Sequence[float], # the numbers
+    ): self.vals, self.count = list(vals), -1
+
+    def __call__(self,
+        x: torch.Tensor, # the batch
+    ) -> torch.Tensor:   # (n,), all the same
+        "The next one"
+        self.count += 1
+        return torch.full((len(x),), float(self.vals[self.count % len(self.vals)]), dtype=torch.float64)
+
+    def spec_args(self) -> dict[str, Any]: # arguments that make the same again
+        "What an exported file has to say of this"
+        return {'vals': self.vals}
+
+@register
+class DeterministicFlip(Flip):
+    "Every other batch is flipped"
+    def __init__(self,
+        size: int | tuple[int, int] | None = None, # (height, width) of the result
+        mode: str = 'bilinear',                    # how images are sampled
+        pad_mode: str = PadMode.Reflection,        # what is outside
+        align_corners: bool = True,                # are -1 and 1 the middle of the outermost pixels?
+        batch: bool = False,                       # has no meaning here
+    ): super().__init__(1., DeterministicDraw([0, 1]), size, mode, pad_mode, align_corners, batch)
+
 _DIHEDRAL = torch.tensor([[1, 0, 0, 1], [-1, 0, 0, 1], [1, 0, 0, -1], [0, -1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0], [0, 1, 1, 0], [0, -1, -1, 0]])
 
 @register
@@ -217,6 +277,16 @@ class Dihedral(AffineCoordTfm):
     def _mat(self, x: torch.Tensor) -> torch.Tensor:
         a, b, c, d = _DIHEDRAL[self._draw(x, lambda n: torch.randint(0, 8, (n,))).long()].double().unbind(1)
         return affine_mat(a, b, torch.zeros_like(a), c, d, torch.zeros_like(a))
+
+@register
+class DeterministicDihedral(Dihedral):
+    "The eight ways one after another, a batch each"
+    def __init__(self,
+        size: int | tuple[int, int] | None = None, # (height, width) of the result
+        mode: str = 'bilinear',                    # how images are sampled
+        pad_mode: str = PadMode.Reflection,        # what is outside
+        align_corners: bool | None = None,         # are -1 and 1 the middle of the outermost pixels? yes if not given
+    ): super().__init__(1., DeterministicDraw(range(8)), size, mode, pad_mode, align_corners=align_corners is not False)
 
 @register
 class Rotate(AffineCoordTfm):

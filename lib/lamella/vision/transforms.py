@@ -6,19 +6,23 @@
 from __future__ import annotations
 import math
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from ..base.registry import did_you_mean, register
+from ..base.registry import register
 from ..data.transform import RandTransform, Transform
+from ..data.types import plain
+from .cropping import NUMPY_MODES, PadMode, Size, checked_choice, crop_pad, crop_tensor, width_height
+from .points import TensorPoint
 from .types import BILINEAR, NEAREST, PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
 
 # %% auto #0
-__all__ = ['Size', 'ToTensor', 'ResizeMethod', 'PadMode', 'checked_choice', 'pad_image', 'crop_pad', 'CropPad', 'RandomCrop',
-           'FlipItem', 'Resize', 'RandomResizedCrop']
+__all__ = ['ToTensor', 'ResizeMethod', 'resize_tensor', 'Placement', 'size_of', 'SampleTransform', 'follow', 'ItemGeometry',
+           'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'Resize', 'RatioResize', 'RandomResizedCrop']
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #78d8bdd5
 @register
@@ -35,58 +39,121 @@ class ResizeMethod:
     "The ways of `Resize`: plain strings, by name"
     Squish, Crop, Pad = 'squish', 'crop', 'pad'
 
-class PadMode:
-    "What is outside of an image: plain strings, by name"
-    Zeros, Border, Reflection = 'zeros', 'border', 'reflection'
+def resize_tensor(
+    x: torch.Tensor,                           # (c,h,w)
+    size: tuple[int, int],                     # (width, height) of the result
+    box: tuple[float, float, float, float],    # left, top, right and bottom of the part
+    nearest: bool = False,                     # take pixels as they are
+) -> torch.Tensor:                             # (c,height,width) of the same type of numbers
+    "Resize a part of a tensor"
+    left, top, right, bottom = box
+    part = x[:, round(top):max(round(bottom), round(top) + 1), round(left):max(round(right), round(left) + 1)]
+    options: dict[str, Any] = dict(mode='nearest-exact') if nearest else dict(mode='bilinear', antialias=True)
+    y = F.interpolate(part[None].float(), size=size[::-1], **options)[0]
+    return y if x.is_floating_point() else y.round_().to(x.dtype)
 
-_NUMPY_MODES = {'zeros': 'constant', 'border': 'edge', 'reflection': 'reflect'}
-Size = int | tuple[int, int]
+class Placement(NamedTuple):
+    "Which part of an image goes where; all sizes are (width, height)"
+    whole: tuple[int, int]                   # the image
+    box: tuple[float, float, float, float]   # left, top, right and bottom of the part, in pixels of the image
+    inner: tuple[int, int]                   # the size that the part is resized to; as it is if it is the size of the box
+    size: tuple[int, int]                    # the result
+    offset: tuple[int, int] = (0, 0)         # where the part begins in the result; negative: outside of it
+    pad_mode: str = 'zeros'                  # 'zeros', 'border' or 'reflection'
 
-def checked_choice(
-    name: str,                # of the argument
-    value: str,               # what was given
-    choices: tuple[str, ...], # what can be given
-) -> str:                     # `value`
-    "`value`, or an error that offers the right one"
-    if value in choices: return value
-    raise ValueError(f"{name} is {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, not {value!r}.{did_you_mean(str(value), choices)}")
+    @property
+    def start(self) -> tuple[int, int] | None: # (left, top) of the result in the image; `None` if something is resized
+        "Where the result begins, if pixels only move"
+        left, top, right, bottom = self.box
+        if (right - left, bottom - top) != self.inner or left != int(left) or top != int(top): return None
+        return int(left) - self.offset[0], int(top) - self.offset[1]
 
-def _width_height(size: Size) -> tuple[int, int]:
-    "From a number, or (height, width) as users give it, to PIL's order"
-    return (size, size) if isinstance(size, int) else (int(size[1]), int(size[0]))
+    def image(self,
+        x: PILBase,             # an image or a mask
+        resample: int,          # PIL's filter
+    ) -> PILBase:               # a new one
+        "The part of a PIL image"
+        if self.start is not None: return crop_pad(x, self.size, self.start, self.pad_mode)
+        return crop_pad(x.resize_part(self.inner, self.box, resample), self.size, (-self.offset[0], -self.offset[1]), self.pad_mode)
 
-def _size_of(b: Any) -> tuple[int, int]:
-    "(width, height) of the first image of a sample"
-    while isinstance(b, tuple): b = b[0]
-    return (b.shape[-1], b.shape[-2]) if isinstance(b, torch.Tensor) else b.size
+    def tensor(self,
+        x: torch.Tensor, # (c,h,w), or a mask (h,w)
+        nearest: bool,   # take pixels as they are, without mixing them
+    ) -> torch.Tensor:   # a new one of the same type of numbers
+        "The part of a tensor"
+        if self.start is not None: return crop_tensor(x, self.size, self.start, self.pad_mode)
+        small = resize_tensor(x[None] if x.dim() == 2 else x, self.inner, self.box, nearest)
+        return crop_tensor(small[0] if x.dim() == 2 else small, self.size, (-self.offset[0], -self.offset[1]), self.pad_mode)
 
-def pad_image(
-    im: PILBase,                # an image
-    size: tuple[int, int],      # (width, height) of the result
-    offset: tuple[int, int],    # (left, top): where the image begins
-    pad_mode: str = 'zeros',    # 'zeros', 'border' or 'reflection'
-) -> PILBase:                   # a new image
-    "Put an image into a larger one"
-    left, top = offset
-    widths = [(top, size[1] - im.size[1] - top), (left, size[0] - im.size[0] - left)]
-    array = np.asarray(im)
-    padded = np.pad(array, widths + [(0, 0)] * (array.ndim - 2), mode=_NUMPY_MODES[pad_mode])
-    return type(im).cast(Image.fromarray(padded))
+    def points(self,
+        x: torch.Tensor, # (...,2), from -1 to 1 of the image
+    ) -> torch.Tensor:   # from -1 to 1 of the result; outside of it if they are not in the part
+        "Where points go"
+        scale, shift = [], []
+        for whole, begin, end, inner, size, offset in zip(self.whole, self.box, self.box[2:], self.inner, self.size, self.offset):
+            zoom = inner / (end - begin) # p -> (p - begin) * zoom + offset, in pixels
+            scale.append(zoom * whole / size)
+            shift.append((zoom * (whole - 2 * begin) + 2 * offset) / size - 1)
+        return (x.double() * torch.tensor(scale, dtype=torch.float64) + torch.tensor(shift, dtype=torch.float64)).to(x.dtype)
 
-def crop_pad(
-    im: PILBase,             # an image
-    size: tuple[int, int],   # (width, height) of the result
-    tl: tuple[int, int],     # (left, top) of the result in the image; negative: outside of it
-    pad_mode: str = 'zeros', # 'zeros', 'border' or 'reflection'
-) -> PILBase:                # a new image
-    "Cut a part out of an image, padded where it reaches over the edge"
-    (w, h), (left, top) = im.size, tl
-    inner = im.crop((max(left, 0), max(top, 0), min(left + size[0], w), min(top + size[1], h)))
-    return inner if inner.size == tuple(size) else pad_image(inner, size, (max(-left, 0), max(-top, 0)), pad_mode)
+def size_of(
+    b: Any, # an image, a tensor, or a sample of which one field is an image
+) -> tuple[int, int] | None: # (width, height); `None` if there is no image
+    "The size of the first image of a sample"
+    if isinstance(b, tuple): return next((size for size in map(size_of, b) if size is not None), None)
+    if isinstance(b, TensorImageBase): return b.shape[-1], b.shape[-2]
+    return b.size if isinstance(b, Image.Image) else None
+
+class SampleTransform(RandTransform):
+    "A transform that knows the size of the sample's image, so that points can follow it"
+    def before_call(self, b: Any, split_idx: int | None) -> None:
+        super().before_call(b, split_idx)
+        self.sample_size = size_of(b)
+
+    def image_size(self,
+        x: TensorPoint,      # points of the sample
+    ) -> tuple[int, int]:    # (width, height)
+        "The size of the image that points belong to"
+        size = self.sample_size or x.img_size
+        if size is None: raise ValueError(f'{self.name} moves points with their image, and there is no image in the sample: give one, or TensorPoint.create(..., img_size=(width, height))')
+        return size
+
+def follow(
+    x: TensorPoint,            # points or boxes, from -1 to 1 or still in pixels
+    move: Callable[[torch.Tensor], torch.Tensor], # what happens to points from -1 to 1
+    before: tuple[int, int],   # (width, height) of their image
+    after: tuple[int, int],    # (width, height) of the result
+) -> TensorPoint:              # moved; in pixels if they were
+    "Points that follow their image"
+    if not x.in_pixels: return x.moved(move)
+    old, new = torch.tensor(before), torch.tensor(after)
+    made = x.moved(lambda p: (move(p * 2 / old - 1) + 1) * new / 2)
+    made.in_pixels, made.img_size = True, x.img_size and after
+    return made
+
+class ItemGeometry(SampleTransform):
+    "What transforms that cut, resize or pad have in common; they define `place`"
+    split_idx, order = None, 1
+    resamples: tuple[int, int] = (BILINEAR, NEAREST) # PIL's filter for images, and for masks
+
+    def place(self,
+        size: tuple[int, int], # (width, height) of an image
+    ) -> Placement:            # which part of it goes where
+        "What is done to an image of this size, after `before_call` has drawn"
+        raise TypeError(f'{type(self).__name__} has to say what goes where: define place(self, size)')
+
+    def encodes(self, x: PILBase) -> Any: return self.place(x.size).image(x, self.resamples[x._resample])
+    def encodes(self, x: TensorImageBase) -> Any:
+        nearest = self.resamples[isinstance(x, TensorMask)] == NEAREST
+        return self.place((x.shape[-1], x.shape[-2])).tensor(plain(x), nearest)
+
+    def encodes(self, x: TensorPoint) -> Any:
+        placement = self.place(self.image_size(x))
+        return follow(x, placement.points, placement.whole, placement.size)
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #d6403810
 @register
-class CropPad(Transform):
+class CropPad(ItemGeometry):
     "The centre of an image, padded where the image is smaller than `size`"
     order = 0
 
@@ -94,56 +161,78 @@ class CropPad(Transform):
         size: Size,                       # (height, width), or one number for both
         pad_mode: str = PadMode.Zeros,    # 'zeros', 'border' or 'reflection'
     ):
-        self.size, self.pad_mode = _width_height(size), checked_choice('pad_mode', pad_mode, tuple(_NUMPY_MODES))
+        super().__init__()
+        self.size, self.pad_mode = width_height(size), checked_choice('pad_mode', pad_mode, tuple(NUMPY_MODES))
 
-    def encodes(self, x: PILBase) -> Any:
-        return crop_pad(x, self.size, tuple((o - s) // 2 for o, s in zip(x.size, self.size)), self.pad_mode)
+    def place(self, size: tuple[int, int]) -> Placement:
+        "The centre"
+        return _moved_by(size, self.size, tuple((o - s) // 2 for o, s in zip(size, self.size)), self.pad_mode)
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
         return {'size': self.size[::-1], 'pad_mode': self.pad_mode}
 
-@register
-class RandomCrop(RandTransform):
-    "A part of an image, from anywhere in it when training, the centre when validating"
-    split_idx, order = None, 1
+def _moved_by(whole: tuple[int, int], size: tuple[int, int], tl: tuple, pad_mode: str) -> Placement:
+    "A placement that resizes nothing"
+    return Placement(whole, (0, 0, *whole), whole, size, (-tl[0], -tl[1]), pad_mode)
 
+@register
+class RandomCrop(ItemGeometry):
+    "A part of an image, from anywhere in it when training, the centre when validating"
     def __init__(self,
         size: Size, # (height, width), or one number for both
     ):
         super().__init__()
-        self.size = _width_height(size)
+        self.size = width_height(size)
 
     def before_call(self, b: Any, split_idx: int | None) -> None:
-        room = [o - s for o, s in zip(_size_of(b), self.size)]
+        super().before_call(b, split_idx)
+        room = [o - s for o, s in zip(self.sample_size or self.size, self.size)]
         self.tl = tuple(o // 2 if split_idx else random.randint(min(o, 0), max(o, 0)) for o in room)
 
-    def encodes(self, x: PILBase) -> Any: return crop_pad(x, self.size, self.tl)
+    def place(self, size: tuple[int, int]) -> Placement:
+        "The part that was drawn"
+        return _moved_by(size, self.size, self.tl, PadMode.Zeros)
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
         return {'size': self.size[::-1]}
 
 @register
-class FlipItem(RandTransform):
+class FlipItem(SampleTransform):
     "Left becomes right, with probability `p`"
     def __init__(self,
         p: float = 0.5, # probability
     ): super().__init__(p=p)
 
-    def encodes(self, x: PILBase) -> Any: return x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    def encodes(self, x: TensorImageBase) -> Any: return x.flip(-1)
+    def encodes(self, x: PILBase | TensorImageBase) -> Any: return x.flip_lr()
+    def encodes(self, x: TensorPoint) -> Any: return _laid_down(self, x, 1)
+
+@register
+class DihedralItem(SampleTransform):
+    "One of the eight ways to lay down a picture, with probability `p`"
+    def __init__(self,
+        p: float = 1., # probability
+    ): super().__init__(p=p)
+
+    def before_call(self, b: Any, split_idx: int | None) -> None:
+        super().before_call(b, split_idx)
+        self.k = random.randint(0, 7)
+
+    def encodes(self, x: PILBase | TensorImageBase) -> Any: return x.dihedral(self.k)
+    def encodes(self, x: TensorPoint) -> Any: return _laid_down(self, x, self.k)
+
+def _laid_down(f: SampleTransform, x: TensorPoint, k: int) -> TensorPoint:
+    "Points of an image that is flipped or turned"
+    if not x.in_pixels: return x.dihedral(k)
+    w, h = f.image_size(x)
+    return follow(x, lambda p: plain(TensorPoint.cast(p).dihedral(k)), (w, h), (h, w) if k in (3, 5, 6, 7) else (w, h))
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #89be7600
-class _Resizing(RandTransform):
+class _Resizing(ItemGeometry):
     "What the transforms to one size have in common"
-    split_idx, order = None, 1
-
     def _set_size(self, size: Size, resamples: tuple[int, int]) -> None:
-        self.size, self.resamples = _width_height(size), tuple(int(o) for o in resamples)
-
-    def _part(self, x: PILBase, size: tuple[int, int], box: tuple | None = None) -> PILBase:
-        return x.resize_part(size, box, self.resamples[x._resample])
+        self.size, self.resamples = width_height(size), (int(resamples[0]), int(resamples[1]))
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
@@ -161,27 +250,48 @@ class Resize(_Resizing):
         super().__init__()
         self._set_size(size, resamples)
         self.method = checked_choice('method', method, ('crop', 'pad', 'squish'))
-        self.pad_mode = checked_choice('pad_mode', pad_mode, tuple(_NUMPY_MODES))
+        self.pad_mode = checked_choice('pad_mode', pad_mode, tuple(NUMPY_MODES))
 
     def before_call(self, b: Any, split_idx: int | None) -> None:
+        super().before_call(b, split_idx)
         self.pcts = (0.5, 0.5) if split_idx or self.method == 'squish' else (random.random(), random.random())
 
-    def encodes(self, x: PILBase) -> Any:
-        if self.method == 'squish': return self._part(x, self.size)
-        ratios = [o / s for o, s in zip(x.size, self.size)]
-        return self._pad(x, max(ratios)) if self.method == 'pad' else self._crop(x, min(ratios))
+    def place(self, size: tuple[int, int]) -> Placement:
+        "All of the image, or the part that was drawn"
+        if self.method == 'squish': return Placement(size, (0, 0, *size), self.size, self.size)
+        ratios = [o / s for o, s in zip(size, self.size)]
+        return self._pad(size, max(ratios)) if self.method == 'pad' else self._crop(size, min(ratios))
 
-    def _crop(self, x: PILBase, scale: float) -> PILBase:
+    def _crop(self, size: tuple[int, int], scale: float) -> Placement:
         "The largest part of the wanted aspect; only one of its sides leaves room to move"
-        part = [min(o, max(1, int(scale * s))) for o, s in zip(x.size, self.size)]
-        left, top = (int(pct * (o - s)) for pct, o, s in zip(self.pcts, x.size, part))
-        return self._part(x, self.size, (left, top, left + part[0], top + part[1]))
+        part = [min(o, max(1, int(scale * s))) for o, s in zip(size, self.size)]
+        left, top = (int(pct * (o - s)) for pct, o, s in zip(self.pcts, size, part))
+        return Placement(size, (left, top, left + part[0], top + part[1]), self.size, self.size)
 
-    def _pad(self, x: PILBase, scale: float) -> PILBase:
+    def _pad(self, size: tuple[int, int], scale: float) -> Placement:
         "The whole image, and something beside it"
-        inner = tuple(min(s, max(1, round(o / scale))) for o, s in zip(x.size, self.size))
-        small = self._part(x, inner)
-        return pad_image(small, self.size, tuple(round(pct * (s - i)) for pct, s, i in zip(self.pcts, self.size, inner)), self.pad_mode)
+        inner = tuple(min(s, max(1, round(o / scale))) for o, s in zip(size, self.size))
+        offset = tuple(round(pct * (s - i)) for pct, s, i in zip(self.pcts, self.size, inner))
+        return Placement(size, (0, 0, *size), inner, self.size, offset, self.pad_mode)
+
+@register
+class RatioResize(ItemGeometry):
+    "The longer side to `max_sz`, the other one as the aspect says"
+    def __init__(self,
+        max_sz: int,                                        # pixels of the longer side
+        resamples: tuple[int, int] = (BILINEAR, NEAREST),   # PIL's filter for images, and for masks
+    ):
+        super().__init__()
+        self.max_sz, self.resamples = int(max_sz), (int(resamples[0]), int(resamples[1]))
+
+    def place(self, size: tuple[int, int]) -> Placement:
+        "All of the image"
+        to = tuple(max(1, o * self.max_sz // max(size)) for o in size)
+        return Placement(size, (0, 0, *size), to, to)
+
+    def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
+        "What an exported file has to say of this transform"
+        return {'max_sz': self.max_sz, 'resamples': self.resamples}
 
 @register
 class RandomResizedCrop(_Resizing):
@@ -199,8 +309,8 @@ class RandomResizedCrop(_Resizing):
         self.min_scale, self.ratio, self.val_xtra, self.max_scale = min_scale, tuple(ratio), val_xtra, max_scale
 
     def before_call(self, b: Any, split_idx: int | None) -> None:
-        size = _size_of(b)
-        self.box = self._centre() if split_idx else self._draw(*size)
+        super().before_call(b, split_idx)
+        self.box = self._centre() if split_idx else self._draw(*(self.sample_size or self.size))
 
     def _centre(self) -> tuple[float, ...]:
         "The part that is left of an image of size + extra when the edges are cut off, in relation to it"
@@ -221,6 +331,7 @@ class RandomResizedCrop(_Resizing):
         x, y = min(1., h * aspect / w) / 2, min(1., w / aspect / h) / 2
         return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
-    def encodes(self, x: PILBase) -> Any:
-        w, h = x.size
-        return self._part(x, self.size, (self.box[0] * w, self.box[1] * h, min(self.box[2] * w, w), min(self.box[3] * h, h)))
+    def place(self, size: tuple[int, int]) -> Placement:
+        "The part that was drawn"
+        w, h = size
+        return Placement(size, (self.box[0] * w, self.box[1] * h, min(self.box[2] * w, w), min(self.box[3] * h, h)), self.size, self.size)

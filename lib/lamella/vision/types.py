@@ -9,7 +9,7 @@ import os
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ..base.errors import add_context
 from ..base.figures import show_image
 from ..base.registry import register
 from ..data.types import TensorBase, plain
+from .cropping import PILGeometry, TensorGeometry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +84,7 @@ def _hold(image: PILBase, opened: Image.Image) -> None:
         if oldest is not None: oldest._take_opened()
 
 # %% ../../../nbs/60_vision/00_types.ipynb #6f76dfed
-class PILBase(Image.Image):
+class PILBase(PILGeometry, Image.Image):
     "A PIL image that knows what it is, shows itself, and reads its file as late as it can"
     _open_args: dict[str, Any] = {'mode': None}  # arguments of `create`: the mode that files are converted to
     _show_args: dict[str, Any] = {}              # arguments of `show_image`
@@ -271,7 +272,7 @@ def verify_images(
     return L([fn for fn, ok in zip(fns, good) if not ok])
 
 # %% ../../../nbs/60_vision/00_types.ipynb #2f467974
-class TensorImageBase(TensorBase):
+class TensorImageBase(TensorGeometry, TensorBase):
     "A picture as a tensor (c,h,w), or several as (n,c,h,w)"
     _show_args: dict[str, Any] = {'cmap': 'viridis'}
 
@@ -295,6 +296,13 @@ class TensorImageBW(TensorImage):
 class TensorMask(TensorImageBase):
     "A class for each pixel (h,w)"
     _show_args = {'alpha': 0.5, 'cmap': 'tab20', 'interpolation': 'nearest'}
+    codes: Sequence[Any] | None = None # the names of the classes, if they are known
+
+    def show(self, ctx: Axes | None = None, color: Any = None, **kwargs: Any) -> Axes: # `color` has no meaning here
+        "Show the mask: each class in the same colour in every picture, and nothing where there is no class"
+        if self.codes is None: return super().show(ctx, **kwargs)
+        classes = torch.where(plain(self) < len(self.codes), plain(self).float(), float('nan'))
+        return TensorImageBase.cast(classes).show(ctx, **{**self._show_args, 'vmin': 0, 'vmax': max(1, len(self.codes) - 1), **kwargs})
 
 def image2tensor(
     img: Image.Image, # a PIL image
