@@ -19,7 +19,7 @@ import torch
 from ..base.registry import register
 from ..data.transform import Transform, find_handler
 from ..data.types import plain
-from .points import TensorBBox, TensorPoint
+from .points import TensorPoint
 from .types import TensorImage, TensorImageBase, TensorMask
 
 # %% auto #0
@@ -83,10 +83,7 @@ class Step:
         "Change masks"
         return x
 
-    def points(self,
-        x: torch.Tensor,       # (n,k,2), from -1 to 1 of the images
-        size: tuple[int, ...], # (height, width) of the images before
-    ) -> torch.Tensor:         # (n,k,2), from -1 to 1 of the images after
+    def points(self, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor: # (n,k,2) from -1 to 1; `size` is (height, width) before
         "Move points, all of the batch"
         return x
 
@@ -153,7 +150,7 @@ class _Run:
 
     def _field(self, x: Any, steps: list[Step], split_idx: int | None, picture: torch.Tensor | None) -> Any:
         if isinstance(x, tuple): return tuple([self._field(o, steps, split_idx, picture) for o in x])
-        if isinstance(x, TensorPoint): return _points(x, steps, picture.shape[-2:]) if steps else x
+        if isinstance(x, TensorPoint): return x.through(steps, tuple(picture.shape[-2:])) if steps else x
         if isinstance(x, TensorImageBase):
             if not steps: return x
             alone = x.dim() == (2 if isinstance(x, TensorMask) else 3)
@@ -183,15 +180,6 @@ def _images(x: torch.Tensor, steps: list[Step]) -> torch.Tensor:
 def _masks(x: torch.Tensor, steps: list[Step]) -> torch.Tensor:
     "All steps on a batch of masks"
     return torch.cat(in_parts(lambda part: functools.reduce(lambda y, step: step.mask(y, part), steps, x[part]), x))
-
-def _points(x: TensorPoint, steps: list[Step], size: tuple[int, ...]) -> TensorPoint:
-    "All steps on the points or boxes of a batch, or on those of one image"
-    def _move(points: torch.Tensor) -> torch.Tensor:
-        now, points = size, points.float()
-        for step in steps: points, now = step.points(points, now), step.out_size(now)
-        return points
-    moved = x.moved(_move) if x.dim() == 3 else x.cast(x[None]).moved(_move)
-    return x.cast((moved.clipped() if isinstance(moved, TensorBBox) else moved).reshape(x.shape))
 
 def fuse_batch(
     fs: list[BatchTransform], # neighbours in a pipeline

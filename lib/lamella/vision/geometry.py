@@ -4,144 +4,23 @@
 
 # %% ../../../nbs/60_vision/03_geometry.ipynb #262c0224
 from __future__ import annotations
-import functools
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..base.nested import as_list
 from ..base.registry import register
-from ..data.labels import function_name
 from ..data.transform import RandTransform
-from .batch import BatchTransform, Pixels, Step
+from .batch import BatchTransform, Step
 from .cropping import PadMode, checked_choice
-
-Draw = float | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
+from .sampling import Draw, Sampling, affine_mat, between, draw_numbers
 
 # %% auto #0
-__all__ = ['Draw', 'draw_numbers', 'between', 'affine_mat', 'Sampling', 'AffineCoordTfm', 'Flip', 'DeterministicDraw',
-           'DeterministicFlip', 'Dihedral', 'DeterministicDihedral', 'Rotate', 'Zoom', 'Warp']
-
-# %% ../../../nbs/60_vision/03_geometry.ipynb #c26ab14f
-def draw_numbers(
-    x: torch.Tensor,                       # the batch
-    default: Callable[[int], torch.Tensor], # from a count to that many random numbers
-    draw: Draw = None,                     # in place of `default`: a number, one for each image, or a function of the batch
-    p: float = 0.5,                        # probability of a number; the neutral one otherwise
-    neutral: float = 0.,                   # what changes nothing
-    batch: bool = False,                   # one number for all images
-) -> torch.Tensor:                         # (n,) on the CPU, 64 bits
-    "One number for each image of a batch"
-    n = len(x)
-    count = 1 if batch else n
-    if draw is None: draw = default(count)
-    elif callable(draw): draw = draw(x)
-    values = torch.as_tensor(draw, dtype=torch.float64, device='cpu').flatten()[:n].expand(n)
-    return values if p >= 1 else torch.where(torch.rand(count) < p, values, neutral)
-
-def between(
-    low: float,  # least number
-    high: float, # greatest number
-) -> Callable[[int], torch.Tensor]: # from a count to that many numbers
-    "Random numbers, all equally probable"
-    return lambda n: torch.rand(n, dtype=torch.float64) * (high - low) + low
-
-def affine_mat(
-    *ms: torch.Tensor, # six times (n,): the first two rows
-) -> torch.Tensor:     # (n,3,3); the last row is 0, 0, 1
-    "Matrices of six numbers each"
-    zero, one = torch.zeros_like(ms[0]), torch.ones_like(ms[0])
-    return torch.stack([*ms, zero, zero, one], dim=-1).view(-1, 3, 3)
-
-# %% ../../../nbs/60_vision/03_geometry.ipynb #0fd27460
-class Sampling(Step):
-    "The step of all geometric transforms: the pixel of the result at `p` is the one of the image at `matrix @ p`"
-    def __init__(self,
-        matrix: torch.Tensor,                    # (n,3,3), 64 bits, on the CPU
-        size: tuple[int, int] | None = None,     # (height, width) of the result; as it is if not given
-        mode: str = 'bilinear',                  # how images are sampled: 'bilinear', 'nearest' or 'bicubic'
-        pad_mode: str = PadMode.Reflection,      # what is outside: 'zeros', 'border' or 'reflection'
-        mode_mask: str = 'nearest',              # how masks are sampled
-        align_corners: bool = True,              # are -1 and 1 the middle of the outermost pixels, or their edge?
-        coord_fs: Sequence[Callable] = (),       # functions of the grid (n,h,w,2), done before `matrix`
-        device: torch.device | str = 'cpu',      # where the images are
-    ):
-        self.exact, self.matrix, self.device = matrix, matrix.to(device, torch.float32, non_blocking=True), device
-        self.flat = bool((matrix[:, 2] == torch.tensor([0., 0., 1.])).all())
-        self.detail = float(matrix[:, :2, :2].det().abs().sqrt().min()) if len(matrix) else 1.
-        self.size, self.mode, self.mode_mask, self.coord_fs = size, mode, mode_mask, coord_fs
-        self.options = {'padding_mode': pad_mode, 'align_corners': align_corners}
-
-    def out_size(self, size: tuple[int, ...]) -> tuple[int, ...]: # (height, width)
-        "The size of the result"
-        return self.size or size
-
-    def _axis(self, n: int) -> torch.Tensor:
-        "The coordinates of `n` pixels"
-        end = 1 if self.options['align_corners'] else 1 - 1 / n
-        return torch.linspace(-end, end, n, device=self.device)
-
-    def grid(self,
-        size: tuple[int, ...], # (height, width) of the result
-        part: slice,           # which images
-        scale: tuple[float, float] = (1., 1.), # of x and y, for images that were averaged down
-    ) -> torch.Tensor:         # (n,height,width,2)
-        "Where each pixel comes from"
-        x, y = self._axis(size[1])[None], self._axis(size[0])[:, None]
-        rows = self.matrix[part].transpose(0, 1)[:2 if self.flat else 3, :, :, None, None]
-        planes = rows.new_empty((*rows.shape[:2], *size))
-        torch.add(rows[:, :, 0] * x, rows[:, :, 1] * y + rows[:, :, 2], out=planes)
-        grid = (planes if self.flat else planes[:2].div_(planes[2])).permute(1, 2, 3, 0)
-        for f in self.coord_fs: grid = f(grid)
-        return grid if scale == (1., 1.) else grid * grid.new_tensor(scale)
-
-    def _shrunk(self, y: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-        "Average an image that is more than twice as large as the result needs it"
-        factor = min(a / b for a, b in zip(y.shape[-2:], size)) * self.detail / 2
-        return y if factor <= 1 or self.mode != 'bilinear' else F.interpolate(y, scale_factor=1 / factor, mode='area', recompute_scale_factor=True)
-
-    def _edges(self, size: tuple[int, ...]) -> tuple[float, float]: # x, y
-        "Where the edges of an image are in the coordinates of the grid"
-        h, w = size
-        return (w / max(w - 1, 1), h / max(h - 1, 1)) if self.options['align_corners'] else (1., 1.)
-
-    def image(self, px: Pixels, part: slice) -> None: # in place
-        "Sample images"
-        if self.options['padding_mode'] == 'zeros': px.value()
-        before = tuple(px.y.shape[-2:])
-        size, px.y = self.out_size(before), self._shrunk(px.y, self.out_size(before))
-        now, was = self._edges(px.y.shape[-2:]), self._edges(before)
-        px.y = F.grid_sample(px.y, self.grid(size, part, (now[0] / was[0], now[1] / was[1])), mode=self.mode, **self.options)
-
-    def points(self, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor: # (n,k,2)
-        "Where points go: the inverse of where pixels come from"
-        x = x * x.new_tensor(self._edges(size))
-        for f in reversed(self.coord_fs): x = _inverse_of(f)(x)
-        back = torch.linalg.inv(self.exact).to(x.device, x.dtype)
-        x = x @ back[:, :, :2].mT + back[:, None, :, 2]
-        return x[..., :2] / x[..., 2:] / x.new_tensor(self._edges(self.out_size(size)))
-
-    def mask(self, x: torch.Tensor, part: slice) -> torch.Tensor: # (n,h,w)
-        "Sample masks"
-        grid = self.grid(self.out_size(x.shape[-2:]), part)
-        y = F.grid_sample(x.float() if x.dim() == 4 else x.float()[:, None], grid, mode=self.mode_mask, **self.options)
-        return (y if x.dim() == 4 else y[:, 0]).to(x.dtype)
-
-
-def _inverse_of(f: Callable) -> Callable:
-    "The way back of a function of the grid, for points"
-    if _takes_invert(f): return functools.partial(f, invert=True)
-    raise TypeError(f'{function_name(f)} moves images, and there are points or boxes in the batch: it has to take an argument invert=False, and with invert=True say where points (n,k,2) go')
-
-def _takes_invert(f: Callable) -> bool:
-    "Can `f` be called with `invert=True`?"
-    parameters = inspect.signature(f).parameters
-    return 'invert' in parameters or any(o.kind is o.VAR_KEYWORD for o in parameters.values())
+__all__ = ['AffineCoordTfm', 'Flip', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'DeterministicDihedral', 'Rotate',
+           'Zoom', 'Warp']
 
 # %% ../../../nbs/60_vision/03_geometry.ipynb #ee115821
 @register

@@ -54,6 +54,17 @@ class TensorPoint(TensorBase):
         "Each point moved"
         return self.cast(move(plain(self)))
 
+    def through(self,
+        steps: Sequence[Any],  # have `points` and `out_size`: what transforms do to a batch
+        size: tuple[int, ...], # (height, width) of the images before
+    ) -> TensorPoint:          # the same shape
+        "What is left of points (n,k,2), or of those of one image, after several steps"
+        def _move(points: torch.Tensor) -> torch.Tensor:
+            now, points = size, points.float()
+            for step in steps: points, now = step.points(points, now), step.out_size(now)
+            return points
+        return self.moved(_move) if self.dim() == 3 else self.cast(self.cast(self[None]).moved(_move)[0])
+
     def flip_lr(self) -> TensorPoint: # points from -1 to 1
         "Left becomes right"
         return self.dihedral(1)
@@ -106,6 +117,10 @@ class TensorBBox(TensorPoint):
         x = plain(self)
         corners = move(x[..., [0, 1, 2, 1, 0, 3, 2, 3]].reshape(*x.shape[:-2], -1, 2)).reshape(*x.shape[:-1], 4, 2)
         return self.cast(torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1))
+
+    def through(self, steps: Sequence[Any], size: tuple[int, ...]) -> TensorBBox: # the same shape
+        "Boxes after several steps, cut off at the edges of the image"
+        return super().through(steps, size).clipped()
 
     def clipped(self) -> TensorBBox: # boxes from -1 to 1
         "What of each box lies in the image; four zeros for what does not"

@@ -6,23 +6,19 @@
 from __future__ import annotations
 import math
 import random
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from PIL import Image
+from typing import Any
 
 from ..base.registry import register
-from ..data.transform import RandTransform, Transform
+from ..data.transform import Transform
 from ..data.types import plain
-from .cropping import NUMPY_MODES, PadMode, Size, checked_choice, crop_pad, crop_tensor, width_height
+from .cropping import NUMPY_MODES, PadMode, Size, checked_choice, width_height
+from .placement import ItemGeometry, Placement, SampleTransform, follow
 from .points import TensorPoint
 from .types import BILINEAR, NEAREST, PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
 
 # %% auto #0
-__all__ = ['ToTensor', 'ResizeMethod', 'resize_tensor', 'Placement', 'size_of', 'SampleTransform', 'follow', 'ItemGeometry',
-           'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'Resize', 'RatioResize', 'RandomResizedCrop']
+__all__ = ['ToTensor', 'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'ResizeMethod', 'Resize', 'RatioResize',
+           'RandomResizedCrop']
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #78d8bdd5
 @register
@@ -33,123 +29,6 @@ class ToTensor(Transform):
     def encodes(self, o: PILImage) -> TensorImage: return image2tensor(o)
     def encodes(self, o: PILImageBW) -> TensorImageBW: return image2tensor(o)
     def encodes(self, o: PILMask) -> TensorMask: return image2tensor(o)[0]
-
-# %% ../../../nbs/60_vision/01_transforms.ipynb #8efccf38
-class ResizeMethod:
-    "The ways of `Resize`: plain strings, by name"
-    Squish, Crop, Pad = 'squish', 'crop', 'pad'
-
-def resize_tensor(
-    x: torch.Tensor,                           # (c,h,w)
-    size: tuple[int, int],                     # (width, height) of the result
-    box: tuple[float, float, float, float],    # left, top, right and bottom of the part
-    nearest: bool = False,                     # take pixels as they are
-) -> torch.Tensor:                             # (c,height,width) of the same type of numbers
-    "Resize a part of a tensor"
-    left, top, right, bottom = box
-    part = x[:, round(top):max(round(bottom), round(top) + 1), round(left):max(round(right), round(left) + 1)]
-    options: dict[str, Any] = dict(mode='nearest-exact') if nearest else dict(mode='bilinear', antialias=True)
-    y = F.interpolate(part[None].float(), size=size[::-1], **options)[0]
-    return y if x.is_floating_point() else y.round_().to(x.dtype)
-
-class Placement(NamedTuple):
-    "Which part of an image goes where; all sizes are (width, height)"
-    whole: tuple[int, int]                   # the image
-    box: tuple[float, float, float, float]   # left, top, right and bottom of the part, in pixels of the image
-    inner: tuple[int, int]                   # the size that the part is resized to; as it is if it is the size of the box
-    size: tuple[int, int]                    # the result
-    offset: tuple[int, int] = (0, 0)         # where the part begins in the result; negative: outside of it
-    pad_mode: str = 'zeros'                  # 'zeros', 'border' or 'reflection'
-
-    @property
-    def start(self) -> tuple[int, int] | None: # (left, top) of the result in the image; `None` if something is resized
-        "Where the result begins, if pixels only move"
-        left, top, right, bottom = self.box
-        if (right - left, bottom - top) != self.inner or left != int(left) or top != int(top): return None
-        return int(left) - self.offset[0], int(top) - self.offset[1]
-
-    def image(self,
-        x: PILBase,             # an image or a mask
-        resample: int,          # PIL's filter
-    ) -> PILBase:               # a new one
-        "The part of a PIL image"
-        if self.start is not None: return crop_pad(x, self.size, self.start, self.pad_mode)
-        return crop_pad(x.resize_part(self.inner, self.box, resample), self.size, (-self.offset[0], -self.offset[1]), self.pad_mode)
-
-    def tensor(self,
-        x: torch.Tensor, # (c,h,w), or a mask (h,w)
-        nearest: bool,   # take pixels as they are, without mixing them
-    ) -> torch.Tensor:   # a new one of the same type of numbers
-        "The part of a tensor"
-        if self.start is not None: return crop_tensor(x, self.size, self.start, self.pad_mode)
-        small = resize_tensor(x[None] if x.dim() == 2 else x, self.inner, self.box, nearest)
-        return crop_tensor(small[0] if x.dim() == 2 else small, self.size, (-self.offset[0], -self.offset[1]), self.pad_mode)
-
-    def points(self,
-        x: torch.Tensor, # (...,2), from -1 to 1 of the image
-    ) -> torch.Tensor:   # from -1 to 1 of the result; outside of it if they are not in the part
-        "Where points go"
-        scale, shift = [], []
-        for whole, begin, end, inner, size, offset in zip(self.whole, self.box, self.box[2:], self.inner, self.size, self.offset):
-            zoom = inner / (end - begin) # p -> (p - begin) * zoom + offset, in pixels
-            scale.append(zoom * whole / size)
-            shift.append((zoom * (whole - 2 * begin) + 2 * offset) / size - 1)
-        return (x.double() * torch.tensor(scale, dtype=torch.float64) + torch.tensor(shift, dtype=torch.float64)).to(x.dtype)
-
-def size_of(
-    b: Any, # an image, a tensor, or a sample of which one field is an image
-) -> tuple[int, int] | None: # (width, height); `None` if there is no image
-    "The size of the first image of a sample"
-    if isinstance(b, tuple): return next((size for size in map(size_of, b) if size is not None), None)
-    if isinstance(b, TensorImageBase): return b.shape[-1], b.shape[-2]
-    return b.size if isinstance(b, Image.Image) else None
-
-class SampleTransform(RandTransform):
-    "A transform that knows the size of the sample's image, so that points can follow it"
-    def before_call(self, b: Any, split_idx: int | None) -> None:
-        super().before_call(b, split_idx)
-        self.sample_size = size_of(b)
-
-    def image_size(self,
-        x: TensorPoint,      # points of the sample
-    ) -> tuple[int, int]:    # (width, height)
-        "The size of the image that points belong to"
-        size = self.sample_size or x.img_size
-        if size is None: raise ValueError(f'{self.name} moves points with their image, and there is no image in the sample: give one, or TensorPoint.create(..., img_size=(width, height))')
-        return size
-
-def follow(
-    x: TensorPoint,            # points or boxes, from -1 to 1 or still in pixels
-    move: Callable[[torch.Tensor], torch.Tensor], # what happens to points from -1 to 1
-    before: tuple[int, int],   # (width, height) of their image
-    after: tuple[int, int],    # (width, height) of the result
-) -> TensorPoint:              # moved; in pixels if they were
-    "Points that follow their image"
-    if not x.in_pixels: return x.moved(move)
-    old, new = torch.tensor(before), torch.tensor(after)
-    made = x.moved(lambda p: (move(p * 2 / old - 1) + 1) * new / 2)
-    made.in_pixels, made.img_size = True, x.img_size and after
-    return made
-
-class ItemGeometry(SampleTransform):
-    "What transforms that cut, resize or pad have in common; they define `place`"
-    split_idx, order = None, 1
-    resamples: tuple[int, int] = (BILINEAR, NEAREST) # PIL's filter for images, and for masks
-
-    def place(self,
-        size: tuple[int, int], # (width, height) of an image
-    ) -> Placement:            # which part of it goes where
-        "What is done to an image of this size, after `before_call` has drawn"
-        raise TypeError(f'{type(self).__name__} has to say what goes where: define place(self, size)')
-
-    def encodes(self, x: PILBase) -> Any: return self.place(x.size).image(x, self.resamples[x._resample])
-    def encodes(self, x: TensorImageBase) -> Any:
-        nearest = self.resamples[isinstance(x, TensorMask)] == NEAREST
-        return self.place((x.shape[-1], x.shape[-2])).tensor(plain(x), nearest)
-
-    def encodes(self, x: TensorPoint) -> Any:
-        placement = self.place(self.image_size(x))
-        return follow(x, placement.points, placement.whole, placement.size)
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #d6403810
 @register
@@ -229,6 +108,10 @@ def _laid_down(f: SampleTransform, x: TensorPoint, k: int) -> TensorPoint:
     return follow(x, lambda p: plain(TensorPoint.cast(p).dihedral(k)), (w, h), (h, w) if k in (3, 5, 6, 7) else (w, h))
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #89be7600
+class ResizeMethod:
+    "The ways of `Resize`: plain strings, by name"
+    Squish, Crop, Pad = 'squish', 'crop', 'pad'
+
 class _Resizing(ItemGeometry):
     "What the transforms to one size have in common"
     def _set_size(self, size: Size, resamples: tuple[int, int]) -> None:
