@@ -14,8 +14,9 @@ import torch
 from ..base.nested import as_list
 from ..base.registry import register
 from ..data.transform import RandTransform
-from .batch import BatchTransform, Step
+from .batch import BatchTransform
 from .cropping import PadMode, checked_choice
+from .pixels import Step
 from .sampling import Draw, Sampling, affine_mat, between, draw_numbers
 
 # %% auto #0

@@ -8,32 +8,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from ..data.transform import RandTransform
 from ..data.types import plain
 from .cropping import crop_pad, crop_tensor
+from .decoding import BILINEAR, NEAREST, resize_tensor
 from .points import TensorPoint
-from .types import BILINEAR, NEAREST, PILBase, TensorImageBase, TensorMask
+from .types import PILBase, TensorImageBase, TensorMask
 
 # %% auto #0
-__all__ = ['resize_tensor', 'Placement', 'size_of', 'SampleTransform', 'follow', 'ItemGeometry']
+__all__ = ['Placement', 'size_of', 'SampleTransform', 'follow', 'ItemGeometry']
 
 # %% ../../../nbs/60_vision/00c_placement.ipynb #a39332f2
-def resize_tensor(
-    x: torch.Tensor,                           # (c,h,w)
-    size: tuple[int, int],                     # (width, height) of the result
-    box: tuple[float, float, float, float],    # left, top, right and bottom of the part
-    nearest: bool = False,                     # take pixels as they are
-) -> torch.Tensor:                             # (c,height,width) of the same type of numbers
-    "Resize a part of a tensor"
-    left, top, right, bottom = box
-    part = x[:, round(top):max(round(bottom), round(top) + 1), round(left):max(round(right), round(left) + 1)]
-    options: dict[str, Any] = dict(mode='nearest-exact') if nearest else dict(mode='bilinear', antialias=True)
-    y = F.interpolate(part[None].float(), size=size[::-1], **options)[0]
-    return y if x.is_floating_point() else y.round_().to(x.dtype)
-
 class Placement(NamedTuple):
     "Which part of an image goes where; all sizes are (width, height)"
     whole: tuple[int, int]                   # the image
@@ -64,7 +51,8 @@ class Placement(NamedTuple):
     ) -> torch.Tensor:   # a new one of the same type of numbers
         "The part of a tensor"
         if self.start is not None: return crop_tensor(x, self.size, self.start, self.pad_mode)
-        small = resize_tensor(x[None] if x.dim() == 2 else x, self.inner, self.box, nearest)
+        left, top, right, bottom = map(round, self.box)
+        small = resize_tensor(x[None] if x.dim() == 2 else x, self.inner, (left, top, max(right, left + 1), max(bottom, top + 1)), nearest)
         return crop_tensor(small[0] if x.dim() == 2 else small, self.size, (-self.offset[0], -self.offset[1]), self.pad_mode)
 
     def points(self,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ..data.labels import function_name
-from .batch import Pixels, Step
 from .cropping import PadMode
+from .pixels import Pixels, Step
 
 Draw = float | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
 

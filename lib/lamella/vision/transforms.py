@@ -12,9 +12,10 @@ from ..base.registry import register
 from ..data.transform import Transform
 from ..data.types import plain
 from .cropping import NUMPY_MODES, PadMode, Size, checked_choice, width_height
+from .decoding import BILINEAR, NEAREST
 from .placement import ItemGeometry, Placement, SampleTransform, follow
 from .points import TensorPoint
-from .types import BILINEAR, NEAREST, PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
+from .types import PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
 
 # %% auto #0
 __all__ = ['ToTensor', 'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'ResizeMethod', 'Resize', 'RatioResize',
@@ -193,13 +194,7 @@ class RandomResizedCrop(_Resizing):
 
     def before_call(self, b: Any, split_idx: int | None) -> None:
         super().before_call(b, split_idx)
-        self.box = self._centre() if split_idx else self._draw(*(self.sample_size or self.size))
-
-    def _centre(self) -> tuple[float, ...]:
-        "The part that is left of an image of size + extra when the edges are cut off, in relation to it"
-        extra = math.ceil(max(self.size) * self.val_xtra / 8) * 8
-        starts = [extra // 2 / (s + extra) for s in self.size]
-        return (*starts, *(o + s / (s + extra) for o, s in zip(starts, self.size)))
+        self.box = None if split_idx else self._draw(*(self.sample_size or self.size))
 
     def _draw(self, w: int, h: int) -> tuple[float, ...]:
         "A random part, in relation to the image: ten tries, then the largest part whose aspect is allowed"
@@ -216,5 +211,13 @@ class RandomResizedCrop(_Resizing):
 
     def place(self, size: tuple[int, int]) -> Placement:
         "The part that was drawn"
-        w, h = size
-        return Placement(size, (self.box[0] * w, self.box[1] * h, min(self.box[2] * w, w), min(self.box[3] * h, h)), self.size, self.size)
+        if self.box is None: return self._centre(size)
+        box = [part * whole for part, whole in zip(self.box, size * 2)]
+        return Placement(size, tuple(round(o) if abs(o - round(o)) < 1e-6 else o for o in box), self.size, self.size)
+
+    def _centre(self, size: tuple[int, int]) -> Placement:
+        "The whole image, resized to more than `size`; what is more is cut off at the edges"
+        extra = math.ceil(max(self.size) * self.val_xtra / 8) * 8
+        return Placement(size, (0, 0, *size), (self.size[0] + extra, self.size[1] + extra), self.size, (-(extra // 2), -(extra // 2)))
+
+

@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/60_vision/00_types.ipynb #aba254d6
 from __future__ import annotations
-import io
 import os
 import warnings
 import weakref
@@ -23,57 +22,18 @@ from ..base.figures import show_image
 from ..base.registry import register
 from ..data.types import TensorBase, plain
 from .cropping import PILGeometry, TensorGeometry
+from .decoding import BILINEAR, NEAREST, Box, decode_jpeg, explain_damage, open_image, read_array, resize_tensor, to_image, to_mask, to_mode, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
-
 # %% auto #0
-__all__ = ['BILINEAR', 'NEAREST', 'to_mode', 'to_mask', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'to_image',
-           'verify_image', 'verify_images', 'TensorImageBase', 'TensorImage', 'TensorImageBW', 'TensorMask',
-           'image2tensor']
-
-# %% ../../../nbs/60_vision/00_types.ipynb #cae0385c
-def _is_deep(im: Image.Image) -> bool:
-    "Does `im` have 16 bits a channel?"
-    return im.mode == 'I' or im.mode.startswith('I;16')
-
-def to_mode(
-    im: Image.Image, # any image
-    mode: str | None, # such as 'RGB' or 'L'; as it is if not given
-) -> Image.Image:    # the image in that mode
-    "Convert `im` without losing what can be kept: 16 bits are scaled, transparency is dropped"
-    if mode is None or im.mode == mode: return im
-    if _is_deep(im): im = Image.fromarray(((np.asarray(im).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
-    if im.mode == 'P' and 'transparency' in im.info: im = im.convert('RGBA')
-    return im.convert(mode)
-
-def to_mask(
-    im: Image.Image, # any image
-    mode: str | None = 'L', # as it is if not given
-) -> Image.Image:    # the image in that mode, with the same numbers
-    "Convert a mask, keeping the number of each class: a palette is dropped"
-    if im.mode == 'P' and mode == 'L': return Image.fromarray(np.asarray(im))
-    if not _is_deep(im) or mode is None: return im if im.mode == mode else im.convert(mode)
-    array = np.asarray(im)
-    if array.max() > 255: raise ValueError(f'a mask has classes from 0 to 255, and there is a {array.max()} in this one')
-    return Image.fromarray(array.astype(np.uint8))
+__all__ = ['PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'verify_image', 'verify_images', 'TensorImageBase', 'TensorImage',
+           'TensorImageBW', 'TensorMask', 'image2tensor']
 
 # %% ../../../nbs/60_vision/00_types.ipynb #9dda34b7
 _held: deque[weakref.ref] = deque() # images whose files are still open
 _MAX_HELD = 8
-
-def _open(source: Any) -> Image.Image:
-    "The head of an image file, or of its bytes; what is wrong with it is an error that names it"
-    try: return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except FileNotFoundError: raise
-    except Exception as error: raise _explain(error, source)
-
-def _explain(error: Exception, source: Any) -> BaseException:
-    "Name the file that is damaged, and the way out"
-    if isinstance(source, bytes): return add_context(error, f'{len(source)} bytes that are no complete image')
-    return add_context(error, f"the file '{source}' is no image that PIL can read, or it is damaged: remove it, or find all such files with verify_images(...)")
 
 def _hold(image: PILBase, opened: Image.Image) -> None:
     "Keep a file open for the time being, and close the one that has been open for longest"
@@ -83,6 +43,18 @@ def _hold(image: PILBase, opened: Image.Image) -> None:
         oldest = _held.popleft()()
         if oldest is not None: oldest._take_opened()
 
+
+def _last(pixels: torch.Tensor) -> torch.Tensor:
+    "(c,h,w) as PIL has it: (h,w) or (h,w,c)"
+    return pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+
+def _tensor_of(source: Any) -> torch.Tensor:
+    "(c,h,w) bytes of a PIL image or a tensor"
+    if isinstance(source, torch.Tensor): return source
+    return to_pixels(source) if getattr(source, '_pixels', None) is None else source._pixels
+
+_TENSOR_MODES = {BILINEAR: 'bilinear', Image.Resampling.BICUBIC: 'bicubic'} # those of PIL's filters that PyTorch has for bytes
+
 # %% ../../../nbs/60_vision/00_types.ipynb #6f76dfed
 class PILBase(PILGeometry, Image.Image):
     "A PIL image that knows what it is, shows itself, and reads its file as late as it can"
@@ -91,6 +63,7 @@ class PILBase(PILGeometry, Image.Image):
     _resample = 0                                # 0: interpolated when resized, 1: never (index of `resamples`)
     _source: Any = None                          # path or bytes, as long as they are not read
     _opened: Any = None                          # (the open file, the process that opened it)
+    _pixels: torch.Tensor | None = None          # (c,h,w), uint8: the pixels, as long as PIL has not asked for them
     _to_mode = staticmethod(to_mode)
 
     def __init__(self,
@@ -101,7 +74,8 @@ class PILBase(PILGeometry, Image.Image):
 
     def _adopt(self, im: Image.Image) -> None:
         "Share the pixels of `im`"
-        im.load()
+        self._pixels = getattr(im, '_pixels', None)
+        if self._pixels is None: im.load()
         self._im, self._mode, self._size, self.palette, self.info = im._im, im.mode, im.size, im.palette, dict(im.info)
 
     @classmethod
@@ -124,9 +98,16 @@ class PILBase(PILGeometry, Image.Image):
 
     @classmethod
     def _create_lazily(cls, source: Any, mode: str | None) -> PILBase:
-        made, opened = cls(), _open(source)
+        made, opened = cls(), open_image(source)
         made._source, made._size, made._mode, made.info = source, opened.size, mode or opened.mode, dict(opened.info)
         _hold(made, opened)
+        return made
+
+    @classmethod
+    def _of_pixels(cls, pixels: torch.Tensor) -> PILBase:
+        "An image of (c,h,w) bytes"
+        made = cls()
+        made._pixels, made._mode, made._size = pixels, 'L' if len(pixels) == 1 else 'RGB', (pixels.shape[2], pixels.shape[1])
         return made
 
     def _take_opened(self) -> Image.Image | None:
@@ -135,38 +116,44 @@ class PILBase(PILGeometry, Image.Image):
         if opened is not None and (self._source is None or pid != os.getpid()): opened.close()
         return opened if pid == os.getpid() else None
 
-    def _read(self, size: tuple[int, int] | None = None) -> Image.Image:
+    def _read(self, size: tuple[int, int] | None = None) -> Image.Image | torch.Tensor:
         "The file's pixels in the mode of this image: all of them, or as few as an image of `size` needs"
-        opened = self._take_opened() or _open(self._source)
+        opened = self._take_opened() or open_image(self._source)
         try:
             with opened:
-                if size is not None: opened.draft(self._mode, size)
+                reduced = opened.draft(self._mode, size) if size is not None else None
+                pixels = decode_jpeg(opened, self._mode) if size is not None and (reduced is None or opened.size == self.size) else None
+                if pixels is not None: return pixels
                 opened.load()
                 return self._to_mode(opened, self._mode)
-        except Exception as error: raise _explain(error, self._source)
+        except Exception as error: raise explain_damage(error, self._source)
 
     def load(self) -> Any: # PIL's access to pixels
         "Read the file, if that has not been done (PIL calls this wherever it needs pixels)"
-        if self._source is not None:
-            source, self._im = self._read(), None
-            self._im, self.palette, self._source = source.im, source.palette, None
+        if self._source is not None or self._pixels is not None:
+            source = self._read() if self._pixels is None else Image.fromarray(_last(self._pixels).numpy())
+            self._im, self.palette, self._source, self._pixels = source.im, source.palette, None, None
         return super().load()
 
     def _new(self, im: Any) -> PILBase: return self.cast(super()._new(im))
 
     def resize_part(self,
-        size: tuple[int, int],                                 # (width, height) of the result
-        box: tuple[float, float, float, float] | None = None,  # (left, top, right, bottom) in pixels of this image; all of it if not given
-        resample: int = BILINEAR,                              # one of PIL's filters
-    ) -> PILBase:                                              # a new image
+        size: tuple[int, int],    # (width, height) of the result
+        box: Box | None = None,   # (left, top, right, bottom) in pixels of this image; all of it if not given
+        resample: int = BILINEAR, # one of PIL's filters
+    ) -> PILBase:                 # a new image
         "Resize a part of the image in one step, decoding no more pixels than it needs"
-        (w, h), box = self.size, box or (0, 0, *self.size)
-        source: Image.Image = self
+        (w, h), box, mode = self.size, box or (0, 0, *self.size), _TENSOR_MODES.get(resample) if self.mode in ('RGB', 'L') and not self._resample else None
+        source: Any = self
         if self._source is not None:
             wanted = [max(1, round(full * to / (end - start))) for full, to, start, end in zip((w, h), size, box, box[2:])]
             source = self._read((wanted[0], wanted[1]) if not self._resample else None)
-        x, y = source.size[0] / w, source.size[1] / h
-        box = (box[0] * x, box[1] * y, min(box[2] * x, source.size[0]), min(box[3] * y, source.size[1]))
+        tall, wide = source.shape[-2:] if isinstance(source, torch.Tensor) else source.size[::-1]
+        x, y = wide / w, tall / h
+        box = (box[0] * x, box[1] * y, min(box[2] * x, wide), min(box[3] * y, tall))
+        if mode and all(abs(o - round(o)) < 1e-6 for o in box): # type: ignore[misc]
+            return self._of_pixels(resize_tensor(_tensor_of(source), size, tuple(map(round, box)), mode=mode)) # type: ignore[arg-type]
+        if isinstance(source, torch.Tensor): source = Image.fromarray(_last(source).numpy())
         return self.cast(source.resize(size, resample, box=box, reducing_gap=2.0))
 
     @property
@@ -221,35 +208,6 @@ class PILMask(PILBase):
     _resample = 1
     _to_mode = staticmethod(to_mask)
 
-# %% ../../../nbs/60_vision/00_types.ipynb #ad5c0904
-def to_image(
-    x: Any,         # PIL image, array (h,w) or (h,w,c), tensor (c,h,w) or (h,w)
-) -> Image.Image:   # a PIL image
-    "Make a PIL image of an array or a tensor"
-    if isinstance(x, Image.Image): return x
-    if isinstance(x, torch.Tensor): x = _channels_last(plain(x).detach().cpu()).numpy()
-    array = np.asarray(x)
-    if array.dtype.kind == 'O': raise TypeError(f'an image is made of a path, bytes, a file, an array, a tensor or a PIL image, not of {type(x).__name__}: {x!r}')
-    if array.dtype.kind == 'f': array = _from_floats(array)
-    elif array.dtype.itemsize > 1: array = _from_integers(array)
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
-
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    "(c,h,w) to (h,w,c)"
-    return x.permute(1, 2, 0) if x.dim() == 3 and (x.shape[0] in (1, 3, 4) or x.shape[-1] not in (1, 3, 4)) else x
-
-def _from_floats(array: np.ndarray) -> np.ndarray:
-    "0..1 to 0..255"
-    if array.size and (array.min() < 0 or array.max() > 1): raise ValueError(
-        f'an image of floats has values from 0 to 1, these are from {array.min():.3g} to {array.max():.3g}: divide them by their range, or give uint8')
-    return (array * 255 + 0.5).astype(np.uint8)
-
-def _from_integers(array: np.ndarray) -> np.ndarray:
-    "Wide integers: 8 bits if they fit, else 16"
-    if array.dtype == np.uint16 and array.ndim == 2: return array
-    if array.size and (array.min() < 0 or array.max() > 255): raise ValueError(f'an image has values from 0 to 255, these are from {array.min()} to {array.max()}')
-    return array.astype(np.uint8)
-
 # %% ../../../nbs/60_vision/00_types.ipynb #dc4edaf0
 def verify_image(
     fn: str | os.PathLike, # a file
@@ -280,12 +238,25 @@ class TensorImageBase(TensorGeometry, TensorBase):
         ctx: Axes | None = None, # where to show; a new figure if not given
         **kwargs: Any,           # passed on to `show_image`
     ) -> Axes:                   # the axes drawn on
-        "Show the image"
-        return show_image(plain(self), ctx=ctx, **{**self._show_args, **kwargs})
+        "Show the image; of more than four channels the first three, and numbers of any range between their least and greatest"
+        return show_image(_presentable(plain(self)), ctx=ctx, **{**self._show_args, **kwargs})
+
+def _presentable(x: torch.Tensor) -> torch.Tensor:
+    "What a picture can be drawn of"
+    if x.dim() == 3 and len(x) not in (1, 3, 4): x = x[:3] if len(x) > 4 else x[:1]
+    if x.dim() == 2 or x.dtype in (torch.uint8, torch.int64): return x
+    x, (low, high) = x.float(), (float(o) for o in x.float().aminmax())
+    return x if low >= 0 and high <= 1 else (x - low) / max(high - low, 1e-12)
 
 @register
 class TensorImage(TensorImageBase):
-    "A colour image (c,h,w): uint8, or float from 0 to 1"
+    "An image (c,h,w) of any number of channels: uint8, uint16, or float (from 0 to 1, for all that changes the light)"
+    @classmethod
+    def create(cls,
+        fn: object,      # `.npy`, `.npz`, a TIFF of several pages, any image file; bytes; an array (h,w), (h,w,c) or (c,h,w); a tensor
+    ) -> TensorImage:    # (c,h,w), with the numbers as they are
+        "Open an image with more than 8 bits, or with other channels than red, green and blue: `ImageBlock(TensorImage)`"
+        return cls.cast(read_array(fn.read() if hasattr(fn, 'read') else fn)) # type: ignore[return-value]
 
 @register
 class TensorImageBW(TensorImage):
@@ -302,11 +273,10 @@ class TensorMask(TensorImageBase):
         "Show the mask: each class in the same colour in every picture, and nothing where there is no class"
         if self.codes is None: return super().show(ctx, **kwargs)
         classes = torch.where(plain(self) < len(self.codes), plain(self).float(), float('nan'))
-        return TensorImageBase.cast(classes).show(ctx, **{**self._show_args, 'vmin': 0, 'vmax': max(1, len(self.codes) - 1), **kwargs})
+        return show_image(classes, ctx=ctx, **{**self._show_args, 'vmin': 0, 'vmax': max(1, len(self.codes) - 1), **kwargs})
 
 def image2tensor(
     img: Image.Image, # a PIL image
 ) -> torch.Tensor:    # (c,h,w), uint8, contiguous
     "The pixels of an image, one plane a channel"
-    array = np.asarray(img)
-    return torch.from_numpy(np.array(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), order='C'))
+    return _tensor_of(img).clone(memory_format=torch.contiguous_format)
