@@ -39,7 +39,7 @@ class _Run:
 
     def _field(self, x: Any, steps: list[Step], split_idx: int | None, picture: torch.Tensor | None) -> Any:
         if isinstance(x, tuple): return tuple([self._field(o, steps, split_idx, picture) for o in x])
-        if isinstance(x, TensorPoint): return x.through(steps, tuple(picture.shape[-2:])) if steps else x
+        if isinstance(x, TensorPoint): return x if picture is None else x.through(steps, tuple(picture.shape[-2:]))
         if isinstance(x, TensorImageBase):
             if not steps: return x
             alone = x.dim() == (2 if isinstance(x, TensorMask) else 3)

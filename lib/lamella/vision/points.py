@@ -125,7 +125,7 @@ class TensorBBox(TensorPoint):
     def clipped(self) -> TensorBBox: # boxes from -1 to 1
         "What of each box lies in the image; four zeros for what does not"
         x = plain(self).clamp(-1, 1)
-        return self.cast(x * (~self.cast(x).empty())[..., None])
+        return self.cast(x.masked_fill(self.cast(x).empty()[..., None], 0))
 
     def empty(self) -> torch.Tensor: # booleans, one for each box
         "Which boxes have no area"
