@@ -230,6 +230,14 @@ def test_a_spot_and_its_point(make, size, align):
     assert np.abs((middle(plain(mask)[0]) - plain(point)[0, 0].numpy()) * pixels).max() < 0.6 # whole pixels
 
 
+@pytest.mark.parametrize('align', [True, False])
+def test_a_spot_averaged_down(align):
+    "256 pixels made 16 of: averaged to 32 first, whose outermost pixels have another middle, 0.1 pixels of the result away"
+    image, _, point = Flip(p=1., size=16, pad_mode='zeros', align_corners=align)(marked(256, 256, (60., 70.), 14.), 0)
+    assert image.shape[-2:] == (16, 16)
+    assert np.abs(middle(plain(image)[0, 0]) - plain(point)[0, 0].numpy()).max() * 8 < 0.04
+
+
 # fastai's results for the same numbers
 
 def fastai_batch(batch):
@@ -343,6 +351,21 @@ def test_a_spot_in_a_sample(make, seed, split_idx):
         assert np.abs((middle(found) + 1) / 2 * size - place).max() < near
     left, top, right, bottom = plain(s)[0].numpy()
     assert abs((left + right) / 2 - place[0]) < 1e-3 and abs((top + bottom) / 2 - place[1]) < 1e-3
+
+
+@pytest.mark.parametrize('k', range(8))
+def test_each_of_the_eight(k, monkeypatch):
+    "Images, points and boxes, scaled or in pixels"
+    monkeypatch.setattr(random, 'randint', lambda low, high: k)
+    im = np.zeros((5, 8), dtype=np.uint8)
+    im[1, 2:4] = 255
+    box = TensorBBox.create([[2, 1, 4, 2]])
+    a, b, c = DihedralItem()((PILMask(Image.fromarray(im)), box, TensorPoint.create([[3, 1.5]])), 0)
+    scaled = DihedralItem()((PILMask(Image.fromarray(im)), TensorBBox(box / torch.tensor([4, 2.5, 4, 2.5]) - 1)), 0)[1]
+    (top, left), (bottom, right) = np.argwhere(np.asarray(a)).min(0), np.argwhere(np.asarray(a)).max(0) + 1
+    np.testing.assert_allclose(b.numpy(), [[left, top, right, bottom]], atol=1e-4)
+    np.testing.assert_allclose((scaled.numpy() + 1) / 2 * np.tile(a.size, 2), [[left, top, right, bottom]], atol=1e-4)
+    np.testing.assert_allclose(c.numpy(), [[(left + right) / 2, (top + bottom) / 2]], atol=1e-4)
 
 
 @settings(deadline=None, max_examples=60)
