@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ImageBlock', 'MaskBlock', 'PointBlock', 'BBoxBlock', 'BBoxLblBlock', 'FileName', 'ImageDataLoaders']
+__all__ = ['ImageBlock', 'MaskBlock', 'PointBlock', 'BBoxBlock', 'BBoxLblBlock', 'FileName', 'ImageDataLoaders',
+           'SegmentationDataLoaders']
 
 # %% ../../../nbs/60_vision/05_data.ipynb #daf72e07
 def ImageBlock(
@@ -215,3 +216,21 @@ class ImageDataLoaders(DataLoaders):
         block = DataBlock(blocks=(ImageBlock(img_cls), y_block), splitter=splitter, item_tfms=item_tfms, batch_tfms=batch_tfms, **getters)
         made = block.dataloaders(source, path=path, **kwargs)
         return cls(*made.loaders, path=made.path, device=made.device)
+
+class SegmentationDataLoaders(ImageDataLoaders):
+    "Loaders of pictures and their masks"
+    @classmethod
+    def from_label_func(cls,
+        path: str | os.PathLike,             # where the learner keeps its files
+        fnames: Sequence[str | os.PathLike], # the images
+        label_func: Callable[[Any], Any],    # from a path to that of the mask
+        valid_pct: float = 0.2,              # share for validation, at random
+        seed: int | None = None,             # decides the split, the order and the randomness
+        codes: Sequence[Any] | None = None,  # names of the classes, in the order of their numbers
+        item_tfms: Any = None,               # transforms of an image, in a worker
+        batch_tfms: Any = None,              # transforms of a batch, on the device
+        img_cls: type[PILBase] = PILImage,   # `PILImage` or `PILImageBW`
+        **kwargs: Any,                       # other arguments of `DataBlock.dataloaders`
+    ) -> SegmentationDataLoaders:            # training and validation
+        "Images and the masks that a function finds for them"
+        return cls._made(path, fnames, img_cls, MaskBlock(codes), _splitter(valid_pct, seed), item_tfms, batch_tfms, dict(kwargs, seed=seed), get_y=label_func)

@@ -98,7 +98,7 @@ def follow(
     if not x.in_pixels: return x.moved(move)
     old, new = torch.tensor(before), torch.tensor(after)
     made = x.moved(lambda p: (move(p * 2 / old - 1) + 1) * new / 2)
-    made.in_pixels, made.img_size = True, x.img_size and after
+    made.in_pixels, made.cropped, made.img_size = True, True, x.img_size and after
     return made
 
 class ItemGeometry(SampleTransform):

@@ -26,6 +26,7 @@ class TensorPoint(TensorBase):
     _width = 2                              # numbers for each
     img_size: tuple[int, int] | None = None # (width, height) of the image that the points belong to, if it was given
     in_pixels: bool = False                 # made by `create`, and not yet scaled to -1..1
+    cropped: bool = False                   # may be outside of what is left of the image
 
     @classmethod
     def create(cls,

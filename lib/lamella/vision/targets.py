@@ -174,7 +174,7 @@ class PointScaler(ItemTransform):
         if self.y_first: y = y.flip(-1)
         if self.do_scale: y = y * 2 / torch.tensor(size) - 1
         made = type(x).cast(y.reshape(x.shape))
-        _check_points(made, plain(x), image, size)
+        _check_points(made, x, image, size)
         return made
 
     def decodes(self, b: tuple) -> Any:
@@ -185,12 +185,17 @@ class PointScaler(ItemTransform):
         x = x if isinstance(x, TensorBBox) else TensorPoint.cast(x.view(-1, 2))
         return type(x).cast(((plain(x).reshape(-1, 2) + 1) * torch.tensor(size) / 2).view(x.shape))
 
-def _check_points(x: TensorPoint, given: torch.Tensor, image: Any, size: Any) -> None:
+def _check_points(x: TensorPoint, given: TensorPoint, image: Any, size: Any) -> None:
     "What cannot be meant is an error"
     if not bool(x.isfinite().all()): raise ValueError(f'{the_one(image, "image")} has points that are no numbers: {given.tolist()}')
     if not isinstance(x, TensorBBox): return
-    y = plain(x)
-    wrong = {'ends before it begins': (y[:, 2] < y[:, 0]) | (y[:, 3] < y[:, 1]), 'lies outside of the image': (y.view(-1, 2, 2).amin(1) >= 1).any(1) | (y.view(-1, 2, 2).amax(1) <= -1).any(1)}
+    y, corners = plain(x), plain(x).view(-1, 2, 2)
+    wrong = {'ends before it begins': (y[:, 2] < y[:, 0]) | (y[:, 3] < y[:, 1])}
+    if not given.cropped: wrong['lies outside of the image'] = ((corners.amin(1) >= 1) | (corners.amax(1) <= -1)).any(1)
     for problem, found in wrong.items():
-        if bool(found.any()): raise ValueError(f'{the_one(image, "image")} of {size} pixels (width, height) has a box {given[int(found.int().argmax())].tolist()}, number {int(found.int().argmax())}, '
-            f'that {problem}. Boxes are (left, top, right, bottom) in pixels; PointScaler(y_first=True) takes (top, left, bottom, right), and COCO files have (left, top, width, height), which get_annotations converts.')
+        if bool(found.any()): raise ValueError(_wrong_box(given, int(found.int().argmax()), problem, f'{the_one(image, "image")} of {size} pixels (width, height)'))
+
+def _wrong_box(boxes: torch.Tensor, i: int, problem: str, image: str) -> str:
+    "What to say of a box that cannot be meant"
+    return (f'{image} has a box {boxes[i].tolist()}, number {i}, that {problem}. Boxes are (left, top, right, bottom) in pixels; '
+            'PointScaler(y_first=True) takes (top, left, bottom, right); COCO files have (left, top, width, height), which get_annotations converts.')
