@@ -45,7 +45,7 @@ class Lighting(Step):
         if self.has_saturation and z.shape[1] == 3:
             grey = (z * z.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
             z.sub_(grey).mul_(self.saturation[part]).add_(grey)
-        torch.addcmul(self.brightness[part], z, self.contrast[part], out=z).tanh_()
+        z.mul_(self.contrast[part]).add_(self.brightness[part]).tanh_()
         px.linear(0.5, 0.5)
 
 @register

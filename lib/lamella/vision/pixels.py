@@ -21,6 +21,8 @@ import torch
 __all__ = ['Pixels', 'Step', 'in_parts', 'new_batch']
 
 # %% ../../../nbs/60_vision/01c_pixels.ipynb #b9a68871
+_PART = 600_000 # numbers in a part of a batch: as floats they fit into the cache of a core
+
 class Pixels:
     "Some images on their way through the steps; their values are `y * scale + shift`"
     def __init__(self,
@@ -32,11 +34,8 @@ class Pixels:
 
     @property
     def y(self) -> torch.Tensor: # (n,c,h,w), 32 bits
-        "Numbers that may be changed; bytes become floats when somebody asks for them, and are multiplied on the way"
-        if self._y is self._x:
-            can_multiply = self._x.dtype != torch.uint16 and _is_not(self.scale, 1.)
-            self._y = torch.mul(self._x, self.scale) if can_multiply else self._x.to(torch.float32, copy=True)
-            if can_multiply: self.scale = 1.
+        "Numbers that may be changed, on which `scale` and `shift` are still to be done"
+        if self._y is self._x: self._y = _as_floats(self._x)
         return self._y
 
     @y.setter
@@ -69,13 +68,16 @@ class Pixels:
         "Put the values into `out`"
         most = None if out.is_floating_point() else 65535 if out.dtype == torch.uint16 else 255
         if most: out.copy_(self.value().mul_(most).round_().clamp_(0, most))
-        elif not _is_not(self.shift, 0.): torch.mul(self._y if self._x.dtype != torch.uint16 else self.y, self.scale, out=out)
-        else: _multiply_add(self.y, self.scale, self.shift, out) # `y` first: it may take the scale
+        elif not _is_not(self.shift, 0.): torch.mul(self.y, self.scale, out=out)
+        else: torch.add(self.y.mul_(self.scale) if _is_not(self.scale, 1.) else self.y, self.shift, out=out)
 
-def _multiply_add(y: torch.Tensor, scale: Any, shift: Any, out: torch.Tensor) -> None:
-    "`y * scale + shift`, in one pass where that can be"
-    if isinstance(scale, torch.Tensor) and isinstance(shift, torch.Tensor): torch.addcmul(shift, y, scale, out=out)
-    else: torch.add(y.mul_(scale) if _is_not(scale, 1.) else y, shift, out=out)
+_thread = threading.local()
+
+def _as_floats(x: torch.Tensor) -> torch.Tensor:
+    "A copy as floats; on a CPU in memory that the thread keeps, because the system takes longer to hand out new pages than to fill them"
+    if x.device.type != 'cpu' or x.numel() > 2 * _PART: return x.to(torch.float32, copy=True)
+    if getattr(_thread, 'floats', None) is None: _thread.floats = torch.empty(2 * _PART)
+    return _thread.floats[:x.numel()].view(x.shape).copy_(x)
 
 def _is_not(number: Any, neutral: float) -> bool: return isinstance(number, torch.Tensor) or number != neutral
 
@@ -110,8 +112,6 @@ class Step:
         return x
 
 # %% ../../../nbs/60_vision/01c_pixels.ipynb #d7230d3b
-_PART = 600_000 # numbers in a part of a batch: as floats they fit into the cache of a core
-
 @functools.lru_cache(maxsize=1)
 def _thread_pool(n: int, pid: int) -> ThreadPoolExecutor:
     "Threads that compute alone; another process (`pid`) needs others"

@@ -137,6 +137,21 @@ class PILBase(PILGeometry, Image.Image):
 
     def _new(self, im: Any) -> PILBase: return self.cast(super()._new(im))
 
+    def crop(self,
+        box: Box | None = None, # (left, top, right, bottom); a copy of all if not given
+    ) -> PILBase:               # a new image
+        "A part of the image"
+        left, top, right, bottom = map(round, box or (0, 0, *self.size))
+        inside = 0 <= left < right <= self.size[0] and 0 <= top < bottom <= self.size[1]
+        return self._of_pixels(self._pixels[:, top:bottom, left:right]) if self._pixels is not None and inside else super().crop(box) # type: ignore[return-value]
+
+    def transpose(self,
+        method: int, # one of PIL's `Image.Transpose`
+    ) -> PILBase:    # a new image
+        "The image flipped or turned"
+        flipped = {Image.Transpose.FLIP_LEFT_RIGHT: -1, Image.Transpose.FLIP_TOP_BOTTOM: -2}.get(method) if self._pixels is not None else None # type: ignore[call-overload]
+        return self._of_pixels(self._pixels.flip(flipped)) if flipped else super().transpose(method) # type: ignore[union-attr, arg-type, return-value]
+
     def resize_part(self,
         size: tuple[int, int],    # (width, height) of the result
         box: Box | None = None,   # (left, top, right, bottom) in pixels of this image; all of it if not given
