@@ -90,9 +90,11 @@ class TensorPoint(TensorBase):
         return self.moved(lambda p: torch.stack([((p[..., i] + 1) * whole[i] / 2 - tl[i]) * 2 / size[i] - 1 for i in (0, 1)], dim=-1))
 
 def _axes(ctx: Axes | None) -> Axes:
-    "Where to draw if it is not said: the current axes"
+    "Where to draw if it is not said: the current axes; what is outside of a picture does not make it smaller"
     import matplotlib.pyplot as plt
-    return plt.gca() if ctx is None else ctx
+    ax = plt.gca() if ctx is None else ctx
+    if ax.images: ax.autoscale(False)
+    return ax
 
 # %% ../../../nbs/60_vision/00b_points.ipynb #c31d50f5
 @register
