@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fastcore.foundation import L
 
 from ..base.nested import as_list
 from ..data.blocks import CategoryBlock, RegressionBlock, TransformBlock
@@ -23,6 +24,7 @@ from .batch import IntToFloatTensor
 from .boxes import BBoxLabeler, CategorizeBoxes, LostBoxes, bb_pad
 from .points import TensorBBox
 from .targets import AddMaskCodes, PointScaler, PointSetup, SameSize
+from .ready import JoinedDatasets, ready_fields
 from .transforms import ToTensor
 from .types import PILBase, PILImage, PILMask
 
@@ -81,6 +83,12 @@ def _column_splitter(col: str | int) -> Splitter:
         values = table.iloc[:, col] if isinstance(col, int) else table[col]
         return MaskSplitter(values.to_numpy().astype(bool))(table)
     return _split
+
+def _joined_splitter(joined: JoinedDatasets, split_first: bool, valid_pct: float, seed: int | None) -> Splitter:
+    "Each dataset is a set of its own; of the first one, a share may be for validation"
+    first, *rest = joined.splits()
+    sets = [*RandomSplitter(valid_pct, seed=seed)(first), *rest] if split_first else [first, *rest]
+    return lambda items: sets # type: ignore[return-value]
 
 def _target_block(y_block: Any, several: bool, what: str, number: bool = False) -> Any:
     "What the labels are, if it is not said"
@@ -209,6 +217,51 @@ class ImageDataLoaders(DataLoaders):
         "Images and labels of a table in a file"
         import pandas as pd
         return cls.from_df(pd.read_csv(Path(path)/csv_fname, header=header, sep=delimiter or ',', quoting=quoting), path=path, **kwargs)
+
+    @classmethod
+    def from_folders(cls,
+        train: str | os.PathLike,                # folder of the training images, with one folder a class
+        valid: str | os.PathLike | None = None,  # likewise, for validation; a share of the training images if not given
+        test: str | os.PathLike | None = None,   # likewise, for a third loader: `dls[2]`
+        path: str | os.PathLike | None = None,   # where the learner keeps its files; `train` if not given
+        valid_pct: float = 0.2,                  # share for validation, if `valid` is not given
+        seed: int | None = None,                 # decides the split, the order and the randomness
+        vocab: Sequence[Any] | None = None,      # the classes; those of the training images if not given
+        item_tfms: Any = None,                   # transforms of an image, in a worker
+        batch_tfms: Any = None,                  # transforms of a batch, on the device
+        img_cls: type[PILBase] = PILImage,       # `PILImage` or `PILImageBW`
+        **kwargs: Any,                           # other arguments of `DataBlock.dataloaders`
+    ) -> ImageDataLoaders:                       # training, validation, and perhaps test
+        "Images of two or three folders, labelled by the folder that they are in"
+        folders = [o for o in (train, valid, test) if o is not None]
+        found = [get_image_files(o) for o in folders]
+        for folder, files in zip(folders, found):
+            if not files: raise ValueError(f"there are no images in '{folder}'")
+        joined = JoinedDatasets(*found)
+        return cls._made(path or train, L(o for files in found for o in files), img_cls, CategoryBlock(vocab=vocab), _joined_splitter(joined, valid is None, valid_pct, seed),
+            item_tfms, batch_tfms, dict(kwargs, seed=seed), get_y=parent_label)
+
+    @classmethod
+    def from_datasets(cls,
+        train: Any,                              # gives pairs (image, label) or dictionaries: of torchvision, of Hugging Face, any of PyTorch's with indices
+        valid: Any = None,                       # likewise, for validation; a share of `train` if not given
+        test: Any = None,                        # likewise, for a third loader: `dls[2]`
+        path: str | os.PathLike = '.',           # where the learner keeps its files
+        valid_pct: float = 0.2,                  # share for validation, if `valid` is not given
+        seed: int | None = None,                 # decides the split, the order and the randomness
+        image_key: Any = None,                   # where in a sample the image is; found if not given
+        label_key: Any = None,                   # where in a sample the label is; found if not given
+        y_block: Any = None,                     # what the labels are; classes if not given, with the names that the dataset has for them
+        item_tfms: Any = None,                   # transforms of an image, in a worker
+        batch_tfms: Any = None,                  # transforms of a batch, on the device
+        img_cls: type[PILBase] = PILImage,       # `PILImage` or `PILImageBW`
+        **kwargs: Any,                           # other arguments of `DataBlock.dataloaders`
+    ) -> ImageDataLoaders:                       # training, validation, and perhaps test
+        "Images and labels of datasets that somebody else has made"
+        joined = JoinedDatasets(*(o for o in (train, valid, test) if o is not None))
+        get_x, get_y, classes = ready_fields(train, image_key, label_key)
+        if y_block is None: y_block = CategoryBlock(vocab=classes, sort=False) if classes else CategoryBlock
+        return cls._made(path, joined, img_cls, y_block, _joined_splitter(joined, valid is None, valid_pct, seed), item_tfms, batch_tfms, dict(kwargs, seed=seed), get_x=get_x, get_y=get_y)
 
     @classmethod
     def _made(cls, path: Any, source: Any, img_cls: type[PILBase], y_block: Any, splitter: Splitter, item_tfms: Any, batch_tfms: Any, kwargs: dict, **getters: Any) -> ImageDataLoaders:

@@ -100,18 +100,19 @@ def explain_damage(
 # %% ../../../nbs/60_vision/00_decoding.ipynb #70a8605d
 @functools.lru_cache(maxsize=1)
 def _jpeg_decoder() -> Callable | None:
-    "torchvision's decoder, if it was built with one"
-    try: from torchvision.io import ImageReadMode, decode_jpeg
+    "torchvision's decoder, if it was built with one (its Python function warns since 0.29 that it will go; then PIL does it all)"
+    try:
+        from torchvision.io import ImageReadMode
+        decode, modes = torch.ops.image.decode_jpeg, {'RGB': ImageReadMode.RGB.value, 'L': ImageReadMode.GRAY.value}
     except Exception: return None
-    modes = {'RGB': ImageReadMode.RGB, 'L': ImageReadMode.GRAY}
-    return lambda file, mode: decode_jpeg(file, modes[mode])
+    return lambda file, mode: decode(file, modes[mode], False)
 
 def decode_jpeg(
     opened: Image.Image, # a file whose head was read; it can be read again
     mode: str,           # 'RGB' or 'L'
 ) -> torch.Tensor | None: # (c,h,w), uint8; `None` if it is no JPEG, or one for PIL
     "All pixels of a JPEG as a tensor"
-    decode = _jpeg_decoder() if (opened.format, mode) in (('JPEG', 'RGB'), ('JPEG', 'L')) and opened.mode in ('L', mode) else None
+    decode = _jpeg_decoder() if opened.format in ('JPEG', 'MPO') and mode in ('RGB', 'L') and opened.mode in ('L', mode) else None
     if decode is None: return None
     opened.fp.seek(0)
     try: return decode(torch.frombuffer(bytearray(opened.fp.read()), dtype=torch.uint8), mode)
@@ -137,9 +138,14 @@ def resize_tensor(
     if tuple(x.shape[-2:]) == (size[1], size[0]): return x
     kind = x.dtype
     if nearest: return F.interpolate(x[None].float(), (size[1], size[0]), mode='nearest-exact')[0].to(kind)
-    if kind != torch.uint8: x = x.float()
-    y = F.interpolate(x[None], (size[1], size[0]), mode=mode, antialias=True)[0]
-    return y if y.dtype == kind else y.round_().clamp_(0, 65535).to(kind) if not kind.is_floating_point else y.to(kind)
+    if kind != torch.uint8 or min(size) == 1: x = x.float()
+    y = F.interpolate(x[None], (size[1], size[0]), mode=mode, antialias=True)[0] if min(size) > 1 else _resize_by_pil(x, size, mode)
+    return y if y.dtype == kind else y.round_().clamp_(0, torch.iinfo(kind).max).to(kind) if not kind.is_floating_point else y.to(kind)
+
+def _resize_by_pil(x: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    "Each channel by PIL: PyTorch 2.x is wrong, or fails, where a side of the result is one pixel"
+    filters = {'bilinear': BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+    return torch.stack([torch.from_numpy(np.array(Image.fromarray(o.numpy()).resize(size, filters[mode]))) for o in x.contiguous()])
 
 # %% ../../../nbs/60_vision/00_decoding.ipynb #16e29bbf
 def read_array(
