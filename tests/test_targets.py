@@ -291,6 +291,7 @@ def test_points_exported(files, tmp_path):
     spec_file = learn.export('points.pkl')
     point, again = learn.predict(files[0]), load_learner(spec_file).predict(files[0])
     assert point[0].shape == (2, 2) and torch.equal(point[2], again[2])
+    torch.testing.assert_close(point[0].as_subclass(torch.Tensor), (point[2].view(2, 2) + 1) * torch.tensor([24., 18.])) # pixels of the input
     assert torch.equal(point[0].as_subclass(torch.Tensor), again[0].as_subclass(torch.Tensor))
 
 def test_masks_exported(files, tmp_path):
@@ -298,6 +299,8 @@ def test_masks_exported(files, tmp_path):
     learn = Learner(dls, nn.Conv2d(3, 3, 3, padding=1), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     learn.show_results()
+    assert [ax.get_title() for ax in plt.gcf().axes[:4]] == ['target', 'prediction'] * 2
+    assert all(len(ax.images) == 2 for ax in plt.gcf().axes[:4]) # the picture and one mask
     predictor = load_learner(learn.export('masks.pkl'))
     mask, again = learn.predict(files[0])[0], predictor.predict(files[0])[0]
     assert isinstance(again, TensorMask) and list(again.codes) == CODES and again.shape == (32, 32)

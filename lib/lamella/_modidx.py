@@ -851,6 +851,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'lamella/learner/predicting.py'),
                                             'lamella.learner.predicting._Unreduced.__init__': ( '40_learner/predicting.html#_unreduced.__init__',
                                                                                                 'lamella/learner/predicting.py'),
+                                            'lamella.learner.predicting._show_beside': ( '40_learner/predicting.html#_show_beside',
+                                                                                         'lamella/learner/predicting.py'),
                                             'lamella.learner.predicting._show_pair': ( '40_learner/predicting.html#_show_pair',
                                                                                        'lamella/learner/predicting.py')},
             'lamella.learner.saving': { 'lamella.learner.saving.Saving': ('40_learner/saving.html#saving', 'lamella/learner/saving.py'),

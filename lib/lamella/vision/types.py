@@ -283,8 +283,9 @@ class TensorMask(TensorImageBase):
     "A class for each pixel (h,w)"
     _show_args = {'alpha': 0.5, 'cmap': 'tab20', 'interpolation': 'nearest'}
     codes: Sequence[Any] | None = None # the names of the classes, if they are known
+    is_picture: bool = True            # a prediction is shown beside the target, not over it
 
-    def show(self, ctx: Axes | None = None, color: Any = None, **kwargs: Any) -> Axes: # `color` has no meaning here
+    def show(self, ctx: Axes | None = None, **kwargs: Any) -> Axes: # the axes drawn on
         "Show the mask: each class in the same colour in every picture, and nothing where there is no class"
         if self.codes is None: return super().show(ctx, **kwargs)
         classes = torch.where(plain(self) < len(self.codes), plain(self).float(), float('nan'))
