@@ -21,11 +21,12 @@ TIMEOUT = 900 # seconds a process
 
 @dataclass
 class Row:
-    "One benchmark: its values by who was measured, one a round, and the error of who failed"
+    "One benchmark: its values by who was measured, one a round, the error of who failed, and who is not installed"
     name: str
     unit: str = ''
     values: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     @property
     def script(self) -> Path:
@@ -46,7 +47,13 @@ class Row:
     def names(self) -> list[str]:
         "Who is measured: the hand-written code too, if the script has a function `floor`"
         floor = any(isinstance(node, ast.FunctionDef) and node.name == 'floor' for node in self.tree.body)
-        return ['fastai', 'lamella'] + ['floor']*floor
+        return ['fastai', 'lamella'] + ['floor']*floor + self.others
+
+    @property
+    def others(self) -> list[str]:
+        "What one would pick instead: the functions that the script passes to `main` by their names"
+        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'main']
+        return [keyword.arg for call in calls for keyword in call.keywords if keyword.arg not in (None, 'floor', 'unit', 'measure')]
 
     def median(self, name: str) -> float | None:
         "The median over the rounds; None where there is no value"
@@ -61,7 +68,7 @@ def main() -> int:
     rows = [Row(name) for name in args.rows]
     for row in rows: measure(row, args.rounds)
     about = environment(args.rounds)
-    print(table(rows), footnotes(rows), notes(rows, about), sep='\n')
+    print(table(rows), others_table(rows), footnotes(rows), notes(rows, about), sep='\n')
     if args.json: save(args.json, rows, about)
     return int(any(row.errors for row in rows))
 
@@ -93,17 +100,23 @@ def measure(row: Row, rounds: int) -> None:
     "Fill `row`; every round measures all in turn, in the opposite order of the one before, but for who has failed"
     for i in range(rounds):
         for name in row.names[::-1 if i % 2 else 1]:
-            if name not in row.errors: measure_once(row, name)
+            if name not in row.errors and name not in row.missing: measure_once(row, name)
         print(f'{row.name}: round {i + 1} of {rounds}', file=sys.stderr)
 
 
 def measure_once(row: Row, name: str) -> None:
     "One process; its value or its error goes to `row`"
     try: result = json.loads(run_script(row.script, name).splitlines()[-1])
-    except (RuntimeError, ValueError, IndexError) as error: row.errors[name] = str(error) or repr(error)
+    except (RuntimeError, ValueError, IndexError) as error: note_failure(row, name, error)
     else:
         row.unit = result['unit']
         row.values.setdefault(name, []).append(result['value'])
+
+
+def note_failure(row: Row, name: str, error: Exception) -> None:
+    "An alternative that is not installed is no failure"
+    if name in row.others and 'ModuleNotFoundError' in str(error): row.missing.append(name)
+    else: row.errors[name] = str(error) or repr(error)
 
 
 def run_script(script: Path, name: str) -> str:
@@ -126,11 +139,24 @@ def last_line(text: str) -> str:
 
 def table(rows: list[Row]) -> str:
     "The results in markdown, as readable in a terminal"
-    cells = [HEADER] + [row_cells(row) for row in rows]
+    return in_markdown([HEADER] + [row_cells(row) for row in rows])
+
+
+def in_markdown(cells: list) -> str:
+    "Lines of cells as a table, whose first is the header"
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [table_line(line, widths) for line in cells]
     rule = [f'{"-"*(width - 1)}{"-" if i < 2 else ":"}' for i, width in enumerate(widths)]
     return '\n'.join([lines[0], table_line(rule, widths), *lines[1:]])
+
+
+def others_table(rows: list[Row]) -> str:
+    "What one would pick instead, where a row has such columns"
+    rows = [row for row in rows if row.others]
+    names = list(dict.fromkeys(name for row in rows for name in row.others))
+    header = ['instead', 'unit', 'lamella', *names, *(f'lamella/{name}' for name in names)]
+    lines = [[row.name, row.unit, *(value_cell(row, name) for name in ['lamella', *names]), *(ratio_cell(row, 'lamella', name) for name in names)] for row in rows]
+    return f'\n{in_markdown([header, *lines])}' if rows else ''
 
 
 def table_line(cells: list[str], widths: list[int]) -> str:
@@ -150,6 +176,7 @@ def row_cells(row: Row) -> list[str]:
 def value_cell(row: Row, name: str) -> str:
     "The median, 'failed', or nothing where nothing is measured"
     if name in row.errors: return 'failed'
+    if name in row.missing: return 'not installed'
     value = row.median(name)
     return '' if value is None else f'{value:.0f}' if value >= 100 else f'{value:.3g}'
 

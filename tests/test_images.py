@@ -22,10 +22,10 @@ from lamella.data.transform import Transform
 from lamella.vision.augment import Brightness, Contrast, Hue, RandomErasing, Saturation, aug_transforms
 from lamella.vision.batch import IntToFloatTensor, Normalize, imagenet_stats
 from lamella.vision.data import ImageBlock, ImageDataLoaders
+from lamella.vision.files import verify_images
 from lamella.vision.geometry import Dihedral, Flip, Rotate, Warp, Zoom
 from lamella.vision.transforms import CropPad, FlipItem, RandomCrop, RandomResizedCrop, Resize, ToTensor
-from lamella.vision.types import (PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorMask, image2tensor,
-                                  verify_images)
+from lamella.vision.types import (PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorMask, image2tensor)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

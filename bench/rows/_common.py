@@ -13,6 +13,7 @@ from typing import Callable
 
 RESULTS = Path(__file__).resolve().parents[1]/'results'
 PHOTO_SIZE, PHOTO_COUNT = (500, 375), 512
+LARGE_SIZE, LARGE_COUNT = (4032, 3024), 48
 SOURCES = dict(space=['astronaut', 'rocket', 'hubble_deep_field'], things=['coffee', 'stereo_motorcycle'],
                animals=['chelsea'], medicine=['immunohistochemistry', 'retina'])
 
@@ -21,11 +22,12 @@ def main(
     unit: str,                         # what the value is, such as 'images/s'
     measure: Callable[[str], float],   # measures a library, given its name
     floor: Callable[[], float] = None, # measures hand-written code that does the same
+    **others: Callable[[], float],     # measure what one would pick instead, by their names
 ) -> None:
-    "Measure what `sys.argv[1]` names (fastai, lamella or floor) and print the result as one line of JSON"
-    name = sys.argv[1]
+    "Measure what `sys.argv[1]` names (fastai, lamella, floor, or one of the others) and print the result as one line of JSON"
+    name, alone = sys.argv[1], dict(others, floor=floor)
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
-        value = floor() if name == 'floor' else measure(name)
+        value = alone[name]() if name in alone else measure(name)
     print(json.dumps(dict(value=value, unit=unit)))
 
 
@@ -73,25 +75,29 @@ def images_per_second(
     return count / (time.perf_counter() - start)
 
 
-def photos() -> Path:
-    "A folder with `PHOTO_COUNT` JPEGs in four class folders, made when it is missing"
-    path = RESULTS/'photos'
+def photos() -> Path: return made_once('photos', PHOTO_COUNT, PHOTO_SIZE)
+def large_photos() -> Path: return made_once('photos_12mp', LARGE_COUNT, LARGE_SIZE)
+
+
+def made_once(name: str, count: int, size: tuple[int, int]) -> Path:
+    "A folder with JPEGs in four class folders, made when it is missing"
+    path = RESULTS/name
     if not path.exists():
         RESULTS.mkdir(exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=RESULTS))
-        make_photos(made)
+        make_photos(made, count, size)
         made.rename(path)
     return path
 
 
-def make_photos(path: Path) -> None:
-    "Crops of the photographs that scikit-image brings along, re-encoded as JPEGs of the size of ImageNet's"
+def make_photos(path: Path, count: int, size: tuple[int, int]) -> None:
+    "Crops of the photographs that scikit-image brings along, re-encoded as JPEGs of the size of ImageNet's, or of a telephone's"
     rng = random.Random(0)
     for label, names in SOURCES.items():
         (path/label).mkdir()
         sources = [open_source(name) for name in names]
-        for i in range(PHOTO_COUNT//len(SOURCES)):
-            random_crop(sources[i % len(sources)], rng).save(path/label/f'{label}_{i:03}.jpg', quality=90)
+        for i in range(count//len(SOURCES)):
+            random_crop(sources[i % len(sources)], rng, size).save(path/label/f'{label}_{i:03}.jpg', quality=90)
 
 
 def open_source(name: str):
@@ -102,11 +108,11 @@ def open_source(name: str):
     return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
 
 
-def random_crop(image, rng: random.Random):
+def random_crop(image, rng: random.Random, size: tuple[int, int]):
     "A random 4:3 part of `image`, at least half as wide as it, mirrored half of the time"
     from PIL import Image, ImageOps
     width = rng.uniform(0.5, 1) * min(image.width, image.height*4/3)
     height = width * 3/4
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-    crop = image.resize(PHOTO_SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    crop = image.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
     return ImageOps.mirror(crop) if rng.random() < 0.5 else crop

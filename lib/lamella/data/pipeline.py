@@ -10,6 +10,7 @@ from typing import Any
 
 from ..base.errors import add_context, context_of, describe_value
 from ..base.nested import as_list
+from .third_party import ThirdParty, library_of
 from .transform import Transform
 
 # %% auto #0
@@ -22,6 +23,7 @@ def as_transform(
     "Make a transform of anything that can be called"
     if isinstance(func, type) and issubclass(func, Transform): return func()
     if isinstance(func, Transform): return func
+    if library_of(func) is not None: return ThirdParty(func)
     if not callable(func): raise TypeError(f'a transform is a function or a Transform, not {func!r}')
     return Transform(func)
 

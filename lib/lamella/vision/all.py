@@ -10,30 +10,31 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'Path', 'np', 'torch', 'F', 'first', 'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image',
            'Tensor', 'nn', 'optim', 'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download', 'untar_data',
            'get_grid', 'show_image', 'show_images', 'subplots', 'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach',
-           'to_device', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed',
+           'to_device', 'LazyModule', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed',
            'GatherPredsCallback', 'LRFinder', 'minimum', 'slide', 'steep', 'valley', 'ProgressCallback',
            'ParamScheduler', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup',
            'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller',
            'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'DataError', 'Pipeline', 'FileGetter',
            'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter',
            'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter',
-           'ItemTransform', 'RandTransform', 'Transform', 'Category', 'TensorBase', 'TensorCategory', 'TensorFloat',
-           'TitledStr', 'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation', 'Interpretation',
-           'Prediction', 'Learner', 'Callback', 'CancelBackwardException', 'CancelBatchException',
-           'CancelEpochException', 'CancelFitException', 'CancelStepException', 'CancelTrainException',
-           'CancelValidException', 'Recorder', 'BaseLoss', 'BCEWithLogitsLossFlat', 'CrossEntropyLossFlat',
-           'L1LossFlat', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'AvgLoss', 'AvgMetric', 'Metric', 'accuracy',
-           'error_rate', 'mae', 'mk_metric', 'mse', 'top_k_accuracy', 'create_body', 'create_head', 'default_split',
-           'num_features_model', 'params', 'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange',
-           'apply_init', 'load_weights', 'SGD', 'Adam', 'Optimizer', 'OptimWrapper', 'RMSProp', 'SchedCos', 'SchedExp',
-           'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds', 'combined_cos', 'Brightness', 'Contrast', 'Hue',
-           'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor',
-           'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'ImageBlock', 'ImageDataLoaders',
-           'AffineCoordTfm', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner',
-           'Architecture', 'create_vision_model', 'vision_splitter', 'CropPad', 'FlipItem', 'PadMode', 'RandomCrop',
-           'RandomResizedCrop', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask',
-           'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor', 'verify_image',
-           'verify_images']
+           'ThirdParty', 'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'TensorBase',
+           'TensorCategory', 'TensorFloat', 'TitledStr', 'ExportError', 'Predictor', 'load_learner',
+           'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'Callback',
+           'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
+           'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Recorder', 'BaseLoss',
+           'BCEWithLogitsLossFlat', 'CrossEntropyLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropyFlat',
+           'MSELossFlat', 'AvgLoss', 'AvgMetric', 'Metric', 'accuracy', 'error_rate', 'mae', 'mk_metric', 'mse',
+           'top_k_accuracy', 'create_body', 'create_head', 'default_split', 'num_features_model', 'params',
+           'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init', 'load_weights', 'SGD',
+           'Adam', 'Optimizer', 'OptimWrapper', 'RMSProp', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly',
+           'combine_scheds', 'combined_cos', 'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing',
+           'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize', 'cifar_stats',
+           'imagenet_stats', 'mnist_stats', 'ImageBlock', 'ImageDataLoaders', 'Failed', 'download_images',
+           'resize_image', 'resize_images', 'verify_image', 'verify_images', 'AffineCoordTfm', 'Dihedral', 'Flip',
+           'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner', 'Architecture', 'create_vision_model',
+           'vision_splitter', 'CropPad', 'FlipItem', 'PadMode', 'RandomCrop', 'RandomResizedCrop', 'Resize',
+           'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase',
+           'TensorImageBW', 'TensorMask', 'image2tensor']
 
 # %% ../../../nbs/60_vision/08_all.ipynb #b1460732
 import json
@@ -78,6 +79,7 @@ from ..data.loaders import DataLoaders
 from ..data.pipeline import DataError, Pipeline
 from ..data.sources import FileGetter, ImageGetter, get_files, get_image_files, image_extensions
 from ..data.splitters import ColSplitter, EndSplitter, FileSplitter, FuncSplitter, GrandparentSplitter, IndexSplitter, MaskSplitter, RandomSplitter
+from ..data.third_party import ThirdParty, train_only
 from ..data.transform import ItemTransform, RandTransform, Transform
 from ..data.types import Category, TensorBase, TensorCategory, TensorFloat, TitledStr
 from ..export.predictor import ExportError, Predictor, load_learner
@@ -99,12 +101,12 @@ from ..optim.schedules import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, 
 from .augment import Brightness, Contrast, Hue, LightingTfm, RandomErasing, RandomResizedCropGPU, Saturation, aug_transforms
 from .batch import IntToFloatTensor, Normalize, cifar_stats, imagenet_stats, mnist_stats
 from .data import ImageBlock, ImageDataLoaders
+from .files import Failed, download_images, resize_image, resize_images, verify_image, verify_images
 from .geometry import AffineCoordTfm, Dihedral, Flip, Rotate, Warp, Zoom
 from .learner import cnn_learner, vision_learner
 from .nets import Architecture, create_vision_model, vision_splitter
 from .transforms import CropPad, FlipItem, PadMode, RandomCrop, RandomResizedCrop, Resize, ResizeMethod, ToTensor
-from .types import (PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor,
-    verify_image, verify_images)
+from .types import (PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor)
 
 # %% ../../../nbs/60_vision/08_all.ipynb #c4642c74
 plt, pd = LazyModule('matplotlib.pyplot'), LazyModule('pandas')
@@ -119,23 +121,23 @@ mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large = map(_torchvision, ('mobil
 convnext_tiny, efficientnet_b0 = map(_torchvision, ('convnext_tiny', 'efficientnet_b0'))
 
 # %% ../../../nbs/60_vision/08_all.ipynb #21513213
-_all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial', 'Path', 'np', 'torch', 'F', 'first', 'ifnone',
-    'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim',
-    'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download', 'untar_data', 'get_grid', 'show_image', 'show_images', 'subplots', 'find_bs',
-    'tensor', 'to_concat', 'to_cpu', 'to_detach', 'to_device', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed',
-    'GatherPredsCallback', 'LRFinder', 'minimum', 'slide', 'steep', 'valley', 'ProgressCallback', 'ParamScheduler', 'Categorize', 'CategoryBlock',
-    'CategoryMap', 'RegressionBlock', 'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter',
-    'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'DataError', 'Pipeline', 'FileGetter', 'ImageGetter', 'get_files',
-    'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter',
-    'RandomSplitter', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TitledStr',
-    'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'Callback',
-    'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException', 'CancelTrainException',
-    'CancelValidException', 'Recorder', 'BaseLoss', 'BCEWithLogitsLossFlat', 'CrossEntropyLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropyFlat',
-    'MSELossFlat', 'AvgLoss', 'AvgMetric', 'Metric', 'accuracy', 'error_rate', 'mae', 'mk_metric', 'mse', 'top_k_accuracy', 'create_body', 'create_head',
-    'default_split', 'num_features_model', 'params', 'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init',
-    'load_weights', 'SGD', 'Adam', 'Optimizer', 'OptimWrapper', 'RMSProp', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds',
-    'combined_cos', 'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms',
-    'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'ImageBlock', 'ImageDataLoaders', 'AffineCoordTfm', 'Dihedral',
-    'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner', 'Architecture', 'create_vision_model', 'vision_splitter', 'CropPad', 'FlipItem',
-    'PadMode', 'RandomCrop', 'RandomResizedCrop', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage',
-    'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor', 'verify_image', 'verify_images']
+_all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial', 'Path', 'np', 'torch', 'F', 'first',
+    'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim', 'default_device', 'num_cpus', 'DownloadError', 'URLs',
+    'download', 'untar_data', 'get_grid', 'show_image', 'show_images', 'subplots', 'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach', 'to_device',
+    'LazyModule', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed', 'GatherPredsCallback', 'LRFinder', 'minimum', 'slide',
+    'steep', 'valley', 'ProgressCallback', 'ParamScheduler', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup',
+    'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader',
+    'TfmdDL', 'DataLoaders', 'DataError', 'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter',
+    'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter', 'ThirdParty', 'train_only',
+    'ItemTransform', 'RandTransform', 'Transform', 'Category', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TitledStr', 'ExportError', 'Predictor',
+    'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'Callback', 'CancelBackwardException',
+    'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException', 'CancelTrainException', 'CancelValidException',
+    'Recorder', 'BaseLoss', 'BCEWithLogitsLossFlat', 'CrossEntropyLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'AvgLoss',
+    'AvgMetric', 'Metric', 'accuracy', 'error_rate', 'mae', 'mk_metric', 'mse', 'top_k_accuracy', 'create_body', 'create_head', 'default_split',
+    'num_features_model', 'params', 'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init', 'load_weights', 'SGD', 'Adam',
+    'Optimizer', 'OptimWrapper', 'RMSProp', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds', 'combined_cos', 'Brightness',
+    'Contrast', 'Hue', 'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize',
+    'cifar_stats', 'imagenet_stats', 'mnist_stats', 'ImageBlock', 'ImageDataLoaders', 'Failed', 'download_images', 'resize_image', 'resize_images',
+    'verify_image', 'verify_images', 'AffineCoordTfm', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner', 'Architecture',
+    'create_vision_model', 'vision_splitter', 'CropPad', 'FlipItem', 'PadMode', 'RandomCrop', 'RandomResizedCrop', 'Resize', 'ResizeMethod', 'ToTensor',
+    'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor']

@@ -5,19 +5,15 @@
 # %% ../../../nbs/60_vision/00_types.ipynb #aba254d6
 from __future__ import annotations
 import os
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from fastcore.foundation import L
 from PIL import Image
 
-from ..base.errors import add_context
 from ..base.figures import show_image
 from ..base.registry import register
 from ..data.types import TensorBase, plain
@@ -28,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'verify_image', 'verify_images', 'TensorImageBase', 'TensorImage',
-           'TensorImageBW', 'TensorMask', 'image2tensor']
+__all__ = ['PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImageBase', 'TensorImage', 'TensorImageBW', 'TensorMask',
+           'image2tensor']
 
 # %% ../../../nbs/60_vision/00_types.ipynb #9dda34b7
 _held: deque[weakref.ref] = deque() # images whose files are still open
@@ -222,27 +218,6 @@ class PILMask(PILBase):
     _open_args, _show_args = {'mode': 'L'}, {'alpha': 0.5, 'cmap': 'tab20'}
     _resample = 1
     _to_mode = staticmethod(to_mask)
-
-# %% ../../../nbs/60_vision/00_types.ipynb #dc4edaf0
-def verify_image(
-    fn: str | os.PathLike, # a file
-) -> bool:                 # whether it is an image that is complete
-    "Can all of `fn` be decoded?"
-    try:
-        with warnings.catch_warnings(), Image.open(fn) as im:
-            warnings.simplefilter('ignore')
-            im.load()
-        return True
-    except Exception: return False
-
-def verify_images(
-    fns: Iterable[str | os.PathLike], # files
-    max_workers: int | None = None,   # threads; as many as Python finds right if not given
-) -> L:                               # those of `fns` that are no complete images
-    "Find the files that cannot be decoded; none is deleted: `failed.map(Path.unlink)` does that"
-    fns = list(fns)
-    with ThreadPoolExecutor(max_workers) as pool: good = list(pool.map(verify_image, fns))
-    return L([fn for fn, ok in zip(fns, good) if not ok])
 
 # %% ../../../nbs/60_vision/00_types.ipynb #2f467974
 class TensorImageBase(TensorGeometry, TensorBase):
