@@ -4,6 +4,7 @@
 
 # %% ../../nbs/13_losses.ipynb #9e38e574
 from __future__ import annotations
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ __all__ = ['BaseLoss', 'CrossEntropyLossFlat', 'LabelSmoothingCrossEntropyFlat',
            'L1LossFlat', 'loss_of_task', 'output_of_loss']
 
 # %% ../../nbs/13_losses.ipynb #b80e3f8c
+@register
 class BaseLoss(nn.Module):
     "A loss over flattened predictions and targets, with `activation` and `decodes`"
     def __init__(self,
@@ -145,10 +147,11 @@ class L1LossFlat(_Elementwise):
     function = staticmethod(F.l1_loss)
 
 # %% ../../nbs/13_losses.ipynb #db2078a2
-_LOSS_OF_TASK: dict[str, type[BaseLoss]] = {'classification': CrossEntropyLossFlat, 'multi-label': BCEWithLogitsLossFlat, 'regression': MSELossFlat}
+_LOSS_OF_TASK: dict[str, Callable[[], BaseLoss]] = {'classification': CrossEntropyLossFlat, 'multi-label': BCEWithLogitsLossFlat, 'regression': MSELossFlat,
+    'segmentation': lambda: CrossEntropyLossFlat(axis=1, ignore_index=255)} # 255: no class, in masks
 
 def loss_of_task(
-    task: str | None, # 'classification', 'multi-label', 'regression'
+    task: str | None, # 'classification', 'multi-label', 'regression', 'segmentation'
 ) -> BaseLoss:        # a loss; `ValueError` if there is none for it
     "The loss function that suits a task"
     if task in _LOSS_OF_TASK: return _LOSS_OF_TASK[task]()

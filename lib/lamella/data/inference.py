@@ -77,8 +77,10 @@ class InferencePipeline:
         return next((f.vocab for field in self.targets[:1] for f in field.fs if getattr(f, 'vocab', None) is not None), None)
 
     def label(self,
-        decision: Any, # a prediction of one sample, decoded by the loss
-    ) -> Any:          # such as 'cat'
-        "A decision as people would say it"
+        decision: Any,               # a prediction of one sample, decoded by the loss
+        sample: tuple | None = None, # the inputs, as `sample` gives them
+    ) -> Any:                        # such as 'cat'
+        "A decision as people would say it; points are in pixels of the input that the transforms have made"
         if not self.targets: return decision
-        return self.targets[0].decode(decision)
+        label = self.targets[0].decode(decision)
+        return label if sample is None or not isinstance(label, TensorBase) else self.item_tfms.decode((*sample, label))[-1]

@@ -83,4 +83,4 @@ class Inference:
         with evaluating(self.model): outputs = self.model(*self.pipeline.batch(samples, self.device))
         probs = to_detach(self.output.activation(outputs))
         decisions, classes = self.output.decodes(probs), self.pipeline.vocab
-        return [Prediction.make(self.pipeline.label(d), d, p, classes) for d, p in zip(decisions, probs)]
+        return [Prediction.make(self.pipeline.label(d, s), d, p, classes) for d, p, s in zip(decisions, probs, samples)]

@@ -118,8 +118,13 @@ class Predicting(Fitting):
         decisions, n_inp = self._decisions(batch), len(self.split_batch_of(batch)[0])
         truth = dl.decode_batch(batch, max_n=find_bs(batch))
         guess = dl.decode_batch(batch[:n_inp] + decisions, max_n=find_bs(batch))
-        ctxs = truth[0][0].contexts(len(truth), **kwargs) if hasattr(truth[0][0], 'contexts') else [None] * len(truth)
-        for k, (true, predicted, ctx) in enumerate(zip(truth, guess, ctxs)): _show_pair(true, predicted, n_inp, ctx, titles[k] if titles else None)
+        beside = any(getattr(o, 'is_picture', False) for o in truth[0][n_inp:]) # one on top of the other could not be told apart
+        if beside: kwargs = {'ncols': 2 if len(truth) == 1 else 4, **kwargs}
+        ctxs = truth[0][0].contexts(len(truth) * (1 + beside), **kwargs) if hasattr(truth[0][0], 'contexts') else [None] * len(truth) * 2
+        for k, (true, predicted) in enumerate(zip(truth, guess)):
+            title = titles[k] if titles else None
+            if beside: _show_beside(true, predicted, ctxs[2 * k:2 * k + 2], title)
+            else: _show_pair(true, predicted, n_inp, ctxs[k], title)
 
     def split_batch_of(self,
         batch: tuple, # inputs and targets
@@ -148,6 +153,13 @@ class _Unreduced:
     def __exit__(self, *error: Any) -> None:
         self.learn.loss_func = self.before
         if hasattr(self, 'reduction'): self.before.reduction = self.reduction
+
+def _show_beside(true: tuple, predicted: tuple, ctxs: list, title: str | None) -> None:
+    "Show a sample with its targets, and beside it the same with what was predicted"
+    for values, ctx, said in ((true, ctxs[0], 'target'), (predicted, ctxs[1], 'prediction')):
+        for value in values:
+            if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
+        if hasattr(ctx, 'set_title'): ctx.set_title(f'{said}\n{title}' if title is not None else said)
 
 def _show_pair(true: tuple, predicted: tuple, n_inp: int, ctx: Any, title: str | None) -> None:
     "Show a sample, its targets, and what was predicted"

@@ -15,6 +15,7 @@ from ..base.registry import register
 from ..data.transform import Transform, find_handler
 from ..data.types import plain
 from .pixels import Pixels, Step, in_parts, new_batch
+from .points import TensorPoint
 from .types import TensorImage, TensorImageBase, TensorMask
 
 # %% auto #0
@@ -34,10 +35,11 @@ class _Run:
         for group in self.groups if picture is not None else []:
             active = [f for f in group if f.split_idx in (None, split_idx)]
             if active: steps += type(group[0]).plan(active, picture, split_idx)
-        return self._field(x, steps, split_idx)
+        return self._field(x, steps, split_idx, picture)
 
-    def _field(self, x: Any, steps: list[Step], split_idx: int | None) -> Any:
-        if isinstance(x, tuple): return tuple([self._field(o, steps, split_idx) for o in x])
+    def _field(self, x: Any, steps: list[Step], split_idx: int | None, picture: torch.Tensor | None) -> Any:
+        if isinstance(x, tuple): return tuple([self._field(o, steps, split_idx, picture) for o in x])
+        if isinstance(x, TensorPoint): return x if picture is None else x.through(steps, tuple(picture.shape[-2:]))
         if isinstance(x, TensorImageBase):
             if not steps: return x
             alone = x.dim() == (2 if isinstance(x, TensorMask) else 3)

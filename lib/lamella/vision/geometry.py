@@ -6,112 +6,22 @@
 from __future__ import annotations
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..base.nested import as_list
 from ..base.registry import register
 from ..data.transform import RandTransform
-from .batch import BatchTransform, Pixels, Step
-from .transforms import PadMode, checked_choice
-
-Draw = float | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
+from .batch import BatchTransform
+from .cropping import PadMode, checked_choice
+from .pixels import Step
+from .sampling import Draw, Sampling, affine_mat, between, draw_numbers
 
 # %% auto #0
-__all__ = ['Draw', 'draw_numbers', 'between', 'affine_mat', 'Sampling', 'AffineCoordTfm', 'Flip', 'Dihedral', 'Rotate', 'Zoom',
-           'Warp']
-
-# %% ../../../nbs/60_vision/03_geometry.ipynb #c26ab14f
-def draw_numbers(
-    x: torch.Tensor,                       # the batch
-    default: Callable[[int], torch.Tensor], # from a count to that many random numbers
-    draw: Draw = None,                     # in place of `default`: a number, one for each image, or a function of the batch
-    p: float = 0.5,                        # probability of a number; the neutral one otherwise
-    neutral: float = 0.,                   # what changes nothing
-    batch: bool = False,                   # one number for all images
-) -> torch.Tensor:                         # (n,) on the CPU, 64 bits
-    "One number for each image of a batch"
-    n = len(x)
-    count = 1 if batch else n
-    if draw is None: draw = default(count)
-    elif callable(draw): draw = draw(x)
-    values = torch.as_tensor(draw, dtype=torch.float64, device='cpu').flatten()[:n].expand(n)
-    return values if p >= 1 else torch.where(torch.rand(count) < p, values, neutral)
-
-def between(
-    low: float,  # least number
-    high: float, # greatest number
-) -> Callable[[int], torch.Tensor]: # from a count to that many numbers
-    "Random numbers, all equally probable"
-    return lambda n: torch.rand(n, dtype=torch.float64) * (high - low) + low
-
-def affine_mat(
-    *ms: torch.Tensor, # six times (n,): the first two rows
-) -> torch.Tensor:     # (n,3,3); the last row is 0, 0, 1
-    "Matrices of six numbers each"
-    zero, one = torch.zeros_like(ms[0]), torch.ones_like(ms[0])
-    return torch.stack([*ms, zero, zero, one], dim=-1).view(-1, 3, 3)
-
-# %% ../../../nbs/60_vision/03_geometry.ipynb #0fd27460
-class Sampling(Step):
-    "The step of all geometric transforms: the pixel of the result at `p` is the one of the image at `matrix @ p`"
-    def __init__(self,
-        matrix: torch.Tensor,                    # (n,3,3), 64 bits, on the CPU
-        size: tuple[int, int] | None = None,     # (height, width) of the result; as it is if not given
-        mode: str = 'bilinear',                  # how images are sampled: 'bilinear', 'nearest' or 'bicubic'
-        pad_mode: str = PadMode.Reflection,      # what is outside: 'zeros', 'border' or 'reflection'
-        mode_mask: str = 'nearest',              # how masks are sampled
-        align_corners: bool = True,              # are -1 and 1 the middle of the outermost pixels, or their edge?
-        coord_fs: Sequence[Callable] = (),       # functions of the grid (n,h,w,2), done before `matrix`
-        device: torch.device | str = 'cpu',      # where the images are
-    ):
-        self.matrix, self.device = matrix.to(device, torch.float32, non_blocking=True), device
-        self.flat = bool((matrix[:, 2] == torch.tensor([0., 0., 1.])).all())
-        self.detail = float(matrix[:, :2, :2].det().abs().sqrt().min()) if len(matrix) else 1.
-        self.size, self.mode, self.mode_mask, self.coord_fs = size, mode, mode_mask, coord_fs
-        self.options = {'padding_mode': pad_mode, 'align_corners': align_corners}
-
-    def out_size(self, size: tuple[int, ...]) -> tuple[int, ...]: # (height, width)
-        "The size of the result"
-        return self.size or size
-
-    def _axis(self, n: int) -> torch.Tensor:
-        "The coordinates of `n` pixels"
-        end = 1 if self.options['align_corners'] else 1 - 1 / n
-        return torch.linspace(-end, end, n, device=self.device)
-
-    def grid(self,
-        size: tuple[int, ...], # (height, width) of the result
-        part: slice,           # which images
-    ) -> torch.Tensor:         # (n,height,width,2)
-        "Where each pixel comes from"
-        x, y = self._axis(size[1])[None], self._axis(size[0])[:, None]
-        rows = self.matrix[part].transpose(0, 1)[:2 if self.flat else 3, :, :, None, None]
-        planes = rows.new_empty((*rows.shape[:2], *size))
-        torch.add(rows[:, :, 0] * x, rows[:, :, 1] * y + rows[:, :, 2], out=planes)
-        grid = (planes if self.flat else planes[:2].div_(planes[2])).permute(1, 2, 3, 0)
-        for f in self.coord_fs: grid = f(grid)
-        return grid
-
-    def _shrunk(self, y: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-        "Average an image that is more than twice as large as the result needs it"
-        factor = min(a / b for a, b in zip(y.shape[-2:], size)) * self.detail / 2
-        return y if factor <= 1 or self.mode != 'bilinear' else F.interpolate(y, scale_factor=1 / factor, mode='area', recompute_scale_factor=True)
-
-    def image(self, px: Pixels, part: slice) -> None: # in place
-        "Sample images"
-        if self.options['padding_mode'] == 'zeros': px.value()
-        size = self.out_size(px.y.shape[-2:])
-        px.y = F.grid_sample(self._shrunk(px.y, size), self.grid(size, part), mode=self.mode, **self.options)
-
-    def mask(self, x: torch.Tensor, part: slice) -> torch.Tensor: # (n,h,w)
-        "Sample masks"
-        grid = self.grid(self.out_size(x.shape[-2:]), part)
-        y = F.grid_sample(x.float() if x.dim() == 4 else x.float()[:, None], grid, mode=self.mode_mask, **self.options)
-        return (y if x.dim() == 4 else y[:, 0]).to(x.dtype)
+__all__ = ['AffineCoordTfm', 'Flip', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'DeterministicDihedral', 'Rotate',
+           'Zoom', 'Warp']
 
 # %% ../../../nbs/60_vision/03_geometry.ipynb #ee115821
 @register
@@ -165,6 +75,7 @@ class AffineCoordTfm(BatchTransform, RandTransform):
                 if matrix is not None: found.append(matrix)
                 size = f.size or size
             coord_fs = () if split_idx else fs[0].coord_fs
+            for g in coord_fs: getattr(g, 'before_call', lambda batch: None)(x)
             total = _product(found) if found else torch.eye(3, dtype=torch.float64).expand(len(x), 3, 3)
             if coord_fs or size != before or not bool((total == torch.eye(3)).all()):
                 steps.append(Sampling(total, next((f.size for f in reversed(fs) if f.size), None), *options[:4], coord_fs=coord_fs, device=x.device))
@@ -199,6 +110,35 @@ class Flip(AffineCoordTfm):
         zero, one = torch.zeros_like(sign), torch.ones_like(sign)
         return affine_mat(sign, zero, zero, zero, one, zero)
 
+@register
+class DeterministicDraw:
+    "Numbers in their order, one for each batch, and from the beginning again"
+    def __init__(self,
+        vals: Sequence[float], # the numbers
+    ): self.vals, self.count = list(vals), -1
+
+    def __call__(self,
+        x: torch.Tensor, # the batch
+    ) -> torch.Tensor:   # (n,), all the same
+        "The next one"
+        self.count += 1
+        return torch.full((len(x),), float(self.vals[self.count % len(self.vals)]), dtype=torch.float64)
+
+    def spec_args(self) -> dict[str, Any]: # arguments that make the same again
+        "What an exported file has to say of this"
+        return {'vals': self.vals}
+
+@register
+class DeterministicFlip(Flip):
+    "Every other batch is flipped"
+    def __init__(self,
+        size: int | tuple[int, int] | None = None, # (height, width) of the result
+        mode: str = 'bilinear',                    # how images are sampled
+        pad_mode: str = PadMode.Reflection,        # what is outside
+        align_corners: bool = True,                # are -1 and 1 the middle of the outermost pixels?
+        batch: bool = False,                       # has no meaning here
+    ): super().__init__(1., DeterministicDraw([0, 1]), size, mode, pad_mode, align_corners, batch)
+
 _DIHEDRAL = torch.tensor([[1, 0, 0, 1], [-1, 0, 0, 1], [1, 0, 0, -1], [0, -1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0], [0, 1, 1, 0], [0, -1, -1, 0]])
 
 @register
@@ -217,6 +157,16 @@ class Dihedral(AffineCoordTfm):
     def _mat(self, x: torch.Tensor) -> torch.Tensor:
         a, b, c, d = _DIHEDRAL[self._draw(x, lambda n: torch.randint(0, 8, (n,))).long()].double().unbind(1)
         return affine_mat(a, b, torch.zeros_like(a), c, d, torch.zeros_like(a))
+
+@register
+class DeterministicDihedral(Dihedral):
+    "The eight ways one after another, a batch each"
+    def __init__(self,
+        size: int | tuple[int, int] | None = None, # (height, width) of the result
+        mode: str = 'bilinear',                    # how images are sampled
+        pad_mode: str = PadMode.Reflection,        # what is outside
+        align_corners: bool | None = None,         # are -1 and 1 the middle of the outermost pixels? yes if not given
+    ): super().__init__(1., DeterministicDraw(range(8)), size, mode, pad_mode, align_corners=align_corners is not False)
 
 @register
 class Rotate(AffineCoordTfm):

@@ -104,6 +104,13 @@ class Step:
         "Change masks"
         return x
 
+    def points(self,
+        x: torch.Tensor,       # (n,k,2), from -1 to 1 of the images
+        size: tuple[int, ...], # (height, width) of the images before
+    ) -> torch.Tensor:         # (n,k,2), from -1 to 1 of the images after
+        "Move points, all of the batch"
+        return x
+
 # %% ../../../nbs/60_vision/01c_pixels.ipynb #d7230d3b
 @functools.lru_cache(maxsize=1)
 def _thread_pool(n: int, pid: int) -> ThreadPoolExecutor:

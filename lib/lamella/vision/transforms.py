@@ -8,17 +8,18 @@ import math
 import random
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from ..base.registry import did_you_mean, register
-from ..data.transform import RandTransform, Transform
-from .types import BILINEAR, NEAREST, PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
+from ..base.registry import register
+from ..data.transform import Transform
+from ..data.types import plain
+from .cropping import NUMPY_MODES, PadMode, Size, checked_choice, width_height
+from .decoding import BILINEAR, NEAREST
+from .placement import ItemGeometry, Placement, SampleTransform, follow
+from .points import TensorPoint
+from .types import PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
 
 # %% auto #0
-__all__ = ['Size', 'ToTensor', 'ResizeMethod', 'PadMode', 'checked_choice', 'pad_image', 'crop_pad', 'CropPad', 'RandomCrop',
-           'FlipItem', 'Resize', 'RandomResizedCrop']
+__all__ = ['ToTensor', 'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'ResizeMethod', 'Resize', 'RatioResize',
+           'RandomResizedCrop']
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #78d8bdd5
 @register
@@ -30,63 +31,9 @@ class ToTensor(Transform):
     def encodes(self, o: PILImageBW) -> TensorImageBW: return image2tensor(o)
     def encodes(self, o: PILMask) -> TensorMask: return image2tensor(o)[0]
 
-# %% ../../../nbs/60_vision/01_transforms.ipynb #8efccf38
-class ResizeMethod:
-    "The ways of `Resize`: plain strings, by name"
-    Squish, Crop, Pad = 'squish', 'crop', 'pad'
-
-class PadMode:
-    "What is outside of an image: plain strings, by name"
-    Zeros, Border, Reflection = 'zeros', 'border', 'reflection'
-
-_NUMPY_MODES = {'zeros': 'constant', 'border': 'edge', 'reflection': 'reflect'}
-Size = int | tuple[int, int]
-
-def checked_choice(
-    name: str,                # of the argument
-    value: str,               # what was given
-    choices: tuple[str, ...], # what can be given
-) -> str:                     # `value`
-    "`value`, or an error that offers the right one"
-    if value in choices: return value
-    raise ValueError(f"{name} is {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, not {value!r}.{did_you_mean(str(value), choices)}")
-
-def _width_height(size: Size) -> tuple[int, int]:
-    "From a number, or (height, width) as users give it, to PIL's order"
-    return (size, size) if isinstance(size, int) else (int(size[1]), int(size[0]))
-
-def _size_of(b: Any) -> tuple[int, int]:
-    "(width, height) of the first image of a sample"
-    while isinstance(b, tuple): b = b[0]
-    return (b.shape[-1], b.shape[-2]) if isinstance(b, torch.Tensor) else b.size
-
-def pad_image(
-    im: PILBase,                # an image
-    size: tuple[int, int],      # (width, height) of the result
-    offset: tuple[int, int],    # (left, top): where the image begins
-    pad_mode: str = 'zeros',    # 'zeros', 'border' or 'reflection'
-) -> PILBase:                   # a new image
-    "Put an image into a larger one"
-    left, top = offset
-    widths = [(top, size[1] - im.size[1] - top), (left, size[0] - im.size[0] - left)]
-    array = np.asarray(im)
-    padded = np.pad(array, widths + [(0, 0)] * (array.ndim - 2), mode=_NUMPY_MODES[pad_mode])
-    return type(im).cast(Image.fromarray(padded))
-
-def crop_pad(
-    im: PILBase,             # an image
-    size: tuple[int, int],   # (width, height) of the result
-    tl: tuple[int, int],     # (left, top) of the result in the image; negative: outside of it
-    pad_mode: str = 'zeros', # 'zeros', 'border' or 'reflection'
-) -> PILBase:                # a new image
-    "Cut a part out of an image, padded where it reaches over the edge"
-    (w, h), (left, top) = im.size, tl
-    inner = im.crop((max(left, 0), max(top, 0), min(left + size[0], w), min(top + size[1], h)))
-    return inner if inner.size == tuple(size) else pad_image(inner, size, (max(-left, 0), max(-top, 0)), pad_mode)
-
 # %% ../../../nbs/60_vision/01_transforms.ipynb #d6403810
 @register
-class CropPad(Transform):
+class CropPad(ItemGeometry):
     "The centre of an image, padded where the image is smaller than `size`"
     order = 0
 
@@ -94,56 +41,82 @@ class CropPad(Transform):
         size: Size,                       # (height, width), or one number for both
         pad_mode: str = PadMode.Zeros,    # 'zeros', 'border' or 'reflection'
     ):
-        self.size, self.pad_mode = _width_height(size), checked_choice('pad_mode', pad_mode, tuple(_NUMPY_MODES))
+        super().__init__()
+        self.size, self.pad_mode = width_height(size), checked_choice('pad_mode', pad_mode, tuple(NUMPY_MODES))
 
-    def encodes(self, x: PILBase) -> Any:
-        return crop_pad(x, self.size, tuple((o - s) // 2 for o, s in zip(x.size, self.size)), self.pad_mode)
+    def place(self, size: tuple[int, int]) -> Placement:
+        "The centre"
+        return _moved_by(size, self.size, tuple((o - s) // 2 for o, s in zip(size, self.size)), self.pad_mode)
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
         return {'size': self.size[::-1], 'pad_mode': self.pad_mode}
 
-@register
-class RandomCrop(RandTransform):
-    "A part of an image, from anywhere in it when training, the centre when validating"
-    split_idx, order = None, 1
+def _moved_by(whole: tuple[int, int], size: tuple[int, int], tl: tuple, pad_mode: str) -> Placement:
+    "A placement that resizes nothing"
+    return Placement(whole, (0, 0, *whole), whole, size, (-tl[0], -tl[1]), pad_mode)
 
+@register
+class RandomCrop(ItemGeometry):
+    "A part of an image, from anywhere in it when training, the centre when validating"
     def __init__(self,
         size: Size, # (height, width), or one number for both
     ):
         super().__init__()
-        self.size = _width_height(size)
+        self.size = width_height(size)
 
     def before_call(self, b: Any, split_idx: int | None) -> None:
-        room = [o - s for o, s in zip(_size_of(b), self.size)]
+        super().before_call(b, split_idx)
+        room = [o - s for o, s in zip(self.sample_size or self.size, self.size)]
         self.tl = tuple(o // 2 if split_idx else random.randint(min(o, 0), max(o, 0)) for o in room)
 
-    def encodes(self, x: PILBase) -> Any: return crop_pad(x, self.size, self.tl)
+    def place(self, size: tuple[int, int]) -> Placement:
+        "The part that was drawn"
+        return _moved_by(size, self.size, self.tl, PadMode.Zeros)
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
         return {'size': self.size[::-1]}
 
 @register
-class FlipItem(RandTransform):
+class FlipItem(SampleTransform):
     "Left becomes right, with probability `p`"
     def __init__(self,
         p: float = 0.5, # probability
     ): super().__init__(p=p)
 
-    def encodes(self, x: PILBase) -> Any: return x.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    def encodes(self, x: TensorImageBase) -> Any: return x.flip(-1)
+    def encodes(self, x: PILBase | TensorImageBase) -> Any: return x.flip_lr()
+    def encodes(self, x: TensorPoint) -> Any: return _laid_down(self, x, 1)
+
+@register
+class DihedralItem(SampleTransform):
+    "One of the eight ways to lay down a picture, with probability `p`"
+    def __init__(self,
+        p: float = 1., # probability
+    ): super().__init__(p=p)
+
+    def before_call(self, b: Any, split_idx: int | None) -> None:
+        super().before_call(b, split_idx)
+        self.k = random.randint(0, 7)
+
+    def encodes(self, x: PILBase | TensorImageBase) -> Any: return x.dihedral(self.k)
+    def encodes(self, x: TensorPoint) -> Any: return _laid_down(self, x, self.k)
+
+def _laid_down(f: SampleTransform, x: TensorPoint, k: int) -> TensorPoint:
+    "Points of an image that is flipped or turned"
+    if not x.in_pixels: return x.dihedral(k)
+    w, h = f.image_size(x)
+    return follow(x, lambda p: plain(TensorPoint.cast(p).dihedral(k)), (w, h), (h, w) if k in (3, 5, 6, 7) else (w, h))
 
 # %% ../../../nbs/60_vision/01_transforms.ipynb #89be7600
-class _Resizing(RandTransform):
+class ResizeMethod:
+    "The ways of `Resize`: plain strings, by name"
+    Squish, Crop, Pad = 'squish', 'crop', 'pad'
+
+class _Resizing(ItemGeometry):
     "What the transforms to one size have in common"
-    split_idx, order = None, 1
-
     def _set_size(self, size: Size, resamples: tuple[int, int]) -> None:
-        self.size, self.resamples = _width_height(size), tuple(int(o) for o in resamples)
-
-    def _part(self, x: PILBase, size: tuple[int, int], box: tuple | None = None) -> PILBase:
-        return x.resize_part(size, box, self.resamples[x._resample])
+        self.size, self.resamples = width_height(size), (int(resamples[0]), int(resamples[1]))
 
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
@@ -161,27 +134,48 @@ class Resize(_Resizing):
         super().__init__()
         self._set_size(size, resamples)
         self.method = checked_choice('method', method, ('crop', 'pad', 'squish'))
-        self.pad_mode = checked_choice('pad_mode', pad_mode, tuple(_NUMPY_MODES))
+        self.pad_mode = checked_choice('pad_mode', pad_mode, tuple(NUMPY_MODES))
 
     def before_call(self, b: Any, split_idx: int | None) -> None:
+        super().before_call(b, split_idx)
         self.pcts = (0.5, 0.5) if split_idx or self.method == 'squish' else (random.random(), random.random())
 
-    def encodes(self, x: PILBase) -> Any:
-        if self.method == 'squish': return self._part(x, self.size)
-        ratios = [o / s for o, s in zip(x.size, self.size)]
-        return self._pad(x, max(ratios)) if self.method == 'pad' else self._crop(x, min(ratios))
+    def place(self, size: tuple[int, int]) -> Placement:
+        "All of the image, or the part that was drawn"
+        if self.method == 'squish': return Placement(size, (0, 0, *size), self.size, self.size)
+        ratios = [o / s for o, s in zip(size, self.size)]
+        return self._pad(size, max(ratios)) if self.method == 'pad' else self._crop(size, min(ratios))
 
-    def _crop(self, x: PILBase, scale: float) -> PILBase:
+    def _crop(self, size: tuple[int, int], scale: float) -> Placement:
         "The largest part of the wanted aspect; only one of its sides leaves room to move"
-        part = [min(o, max(1, int(scale * s))) for o, s in zip(x.size, self.size)]
-        left, top = (int(pct * (o - s)) for pct, o, s in zip(self.pcts, x.size, part))
-        return self._part(x, self.size, (left, top, left + part[0], top + part[1]))
+        part = [min(o, max(1, int(scale * s))) for o, s in zip(size, self.size)]
+        left, top = (int(pct * (o - s)) for pct, o, s in zip(self.pcts, size, part))
+        return Placement(size, (left, top, left + part[0], top + part[1]), self.size, self.size)
 
-    def _pad(self, x: PILBase, scale: float) -> PILBase:
+    def _pad(self, size: tuple[int, int], scale: float) -> Placement:
         "The whole image, and something beside it"
-        inner = tuple(min(s, max(1, round(o / scale))) for o, s in zip(x.size, self.size))
-        small = self._part(x, inner)
-        return pad_image(small, self.size, tuple(round(pct * (s - i)) for pct, s, i in zip(self.pcts, self.size, inner)), self.pad_mode)
+        inner = tuple(min(s, max(1, round(o / scale))) for o, s in zip(size, self.size))
+        offset = tuple(round(pct * (s - i)) for pct, s, i in zip(self.pcts, self.size, inner))
+        return Placement(size, (0, 0, *size), inner, self.size, offset, self.pad_mode)
+
+@register
+class RatioResize(ItemGeometry):
+    "The longer side to `max_sz`, the other one as the aspect says"
+    def __init__(self,
+        max_sz: int,                                        # pixels of the longer side
+        resamples: tuple[int, int] = (BILINEAR, NEAREST),   # PIL's filter for images, and for masks
+    ):
+        super().__init__()
+        self.max_sz, self.resamples = int(max_sz), (int(resamples[0]), int(resamples[1]))
+
+    def place(self, size: tuple[int, int]) -> Placement:
+        "All of the image"
+        to = tuple(max(1, o * self.max_sz // max(size)) for o in size)
+        return Placement(size, (0, 0, *size), to, to)
+
+    def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
+        "What an exported file has to say of this transform"
+        return {'max_sz': self.max_sz, 'resamples': self.resamples}
 
 @register
 class RandomResizedCrop(_Resizing):
@@ -199,14 +193,8 @@ class RandomResizedCrop(_Resizing):
         self.min_scale, self.ratio, self.val_xtra, self.max_scale = min_scale, tuple(ratio), val_xtra, max_scale
 
     def before_call(self, b: Any, split_idx: int | None) -> None:
-        size = _size_of(b)
-        self.box = self._centre() if split_idx else self._draw(*size)
-
-    def _centre(self) -> tuple[float, ...]:
-        "The part that is left of an image of size + extra when the edges are cut off, in relation to it"
-        extra = math.ceil(max(self.size) * self.val_xtra / 8) * 8
-        starts = [extra // 2 / (s + extra) for s in self.size]
-        return (*starts, *(o + s / (s + extra) for o, s in zip(starts, self.size)))
+        super().before_call(b, split_idx)
+        self.box = None if split_idx else self._draw(*(self.sample_size or self.size))
 
     def _draw(self, w: int, h: int) -> tuple[float, ...]:
         "A random part, in relation to the image: ten tries, then the largest part whose aspect is allowed"
@@ -221,6 +209,15 @@ class RandomResizedCrop(_Resizing):
         x, y = min(1., h * aspect / w) / 2, min(1., w / aspect / h) / 2
         return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
-    def encodes(self, x: PILBase) -> Any:
-        w, h = x.size
-        return self._part(x, self.size, (self.box[0] * w, self.box[1] * h, min(self.box[2] * w, w), min(self.box[3] * h, h)))
+    def place(self, size: tuple[int, int]) -> Placement:
+        "The part that was drawn"
+        if self.box is None: return self._centre(size)
+        box = [part * whole for part, whole in zip(self.box, size * 2)]
+        return Placement(size, tuple(round(o) if abs(o - round(o)) < 1e-6 else o for o in box), self.size, self.size)
+
+    def _centre(self, size: tuple[int, int]) -> Placement:
+        "The whole image, resized to more than `size`; what is more is cut off at the edges"
+        extra = math.ceil(max(self.size) * self.val_xtra / 8) * 8
+        return Placement(size, (0, 0, *size), (self.size[0] + extra, self.size[1] + extra), self.size, (-(extra // 2), -(extra // 2)))
+
+

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from ..base.figures import show_image
 from ..base.registry import register
 from ..data.types import TensorBase, plain
+from .cropping import PILGeometry, TensorGeometry
 from .decoding import BILINEAR, NEAREST, Box, decode_jpeg, explain_damage, open_image, read_array, resize_tensor, to_image, to_mask, to_mode, to_pixels
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def _tensor_of(source: Any) -> torch.Tensor:
 _TENSOR_MODES = {BILINEAR: 'bilinear', Image.Resampling.BICUBIC: 'bicubic'} # those of PIL's filters that PyTorch has for bytes
 
 # %% ../../../nbs/60_vision/00_types.ipynb #6f76dfed
-class PILBase(Image.Image):
+class PILBase(PILGeometry, Image.Image):
     "A PIL image that knows what it is, shows itself, and reads its file as late as it can"
     _open_args: dict[str, Any] = {'mode': None}  # arguments of `create`: the mode that files are converted to
     _show_args: dict[str, Any] = {}              # arguments of `show_image`
@@ -218,7 +220,7 @@ class PILMask(PILBase):
     _to_mode = staticmethod(to_mask)
 
 # %% ../../../nbs/60_vision/00_types.ipynb #2f467974
-class TensorImageBase(TensorBase):
+class TensorImageBase(TensorGeometry, TensorBase):
     "A picture as a tensor (c,h,w), or several as (n,c,h,w)"
     _show_args: dict[str, Any] = {'cmap': 'viridis'}
 
@@ -255,6 +257,14 @@ class TensorImageBW(TensorImage):
 class TensorMask(TensorImageBase):
     "A class for each pixel (h,w)"
     _show_args = {'alpha': 0.5, 'cmap': 'tab20', 'interpolation': 'nearest'}
+    codes: Sequence[Any] | None = None # the names of the classes, if they are known
+    is_picture: bool = True            # a prediction is shown beside the target, not over it
+
+    def show(self, ctx: Axes | None = None, **kwargs: Any) -> Axes: # the axes drawn on
+        "Show the mask: each class in the same colour in every picture, and nothing where there is no class"
+        if self.codes is None: return super().show(ctx, **kwargs)
+        classes = torch.where(plain(self) < len(self.codes), plain(self).float(), float('nan'))
+        return show_image(classes, ctx=ctx, **{**self._show_args, 'vmin': 0, 'vmax': max(1, len(self.codes) - 1), **kwargs})
 
 def image2tensor(
     img: Image.Image, # a PIL image
