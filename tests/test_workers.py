@@ -41,7 +41,7 @@ def batches(workers, after_item=add_noise, epochs=1, **kwargs):
     return torch.stack([torch.cat(list(dl)) for _ in range(epochs)])
 
 
-@pytest.mark.parametrize('transform', [add_noise, add_global_noise, OwnGenerators], ids=str)
+@pytest.mark.parametrize('transform', [add_noise, add_global_noise, OwnGenerators], ids=lambda f: f.__name__)
 @pytest.mark.parametrize('workers,method', [(2, 'fork'), (8, 'fork'), (2, 'spawn')])
 def test_the_same_batches(transform, workers, method):
     make = transform if isinstance(transform, type) else lambda: transform

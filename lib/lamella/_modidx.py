@@ -1158,6 +1158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'lamella/data/workers.py'),
                                       'lamella.data.workers._Plans.__len__': ( '10_data/workers.html#_plans.__len__',
                                                                                'lamella/data/workers.py'),
+                                      'lamella.data.workers._begin': ('10_data/workers.html#_begin', 'lamella/data/workers.py'),
                                       'lamella.data.workers._can_be_pickled': ( '10_data/workers.html#_can_be_pickled',
                                                                                 'lamella/data/workers.py'),
                                       'lamella.data.workers._identity': ('10_data/workers.html#_identity', 'lamella/data/workers.py'),

@@ -4,6 +4,8 @@
 
 # %% ../../../nbs/10_data/13_workers.ipynb #c23b6c8f
 from __future__ import annotations
+import functools
+import gc
 import pickle
 import signal
 import warnings
@@ -98,7 +100,8 @@ class Workers:
     def _new_loader(self, reader: BatchReader, workers: int, pin: bool) -> TorchLoader:
         return TorchLoader(GuardedReader(reader), batch_size=None, sampler=_Plans(), num_workers=workers, collate_fn=_identity, pin_memory=pin,
             generator=torch.Generator(), # PyTorch draws a seed each epoch: not from ours
-            multiprocessing_context=self.context or start_method(), persistent_workers=self.kept, worker_init_fn=self.init, timeout=self.timeout, prefetch_factor=self.prefetch)
+            multiprocessing_context=self.context or start_method(), persistent_workers=self.kept, timeout=self.timeout, prefetch_factor=self.prefetch,
+            worker_init_fn=functools.partial(_begin, self.init))
 
     def _watched(self, batches: Iterator) -> Iterator:
         "Say what happened when a worker dies"
@@ -117,6 +120,11 @@ class Workers:
                       'Functions that are defined at the top level of a module can; a lambda, an open file and a lock cannot.', stacklevel=4)
         self.num_workers = 0
         return 0
+
+def _begin(init: Callable[[int], Any] | None, number: int) -> None:
+    "First thing in a worker: what it shares with its parent is no garbage; a collection would write to each object, and so copy it"
+    gc.freeze()
+    if init is not None: init(number)
 
 def _why_it_died(message: str, method: str) -> str:
     "What to try"
