@@ -240,7 +240,7 @@ def test_balance_of_several_labels():
     "An item of a rare and a frequent class is drawn as often as the mean of both"
     class Vocab: vocab = ['a', 'b']
     class Field: fs = [Transform(lambda x: x), Vocab()]
-    class Sets: items, splits, n_inp, fields = [['a']] * 8 + [['a', 'b']] * 2 + [[]] * 2, [range(12)], 0, [Field()]
+    class Sets: source, splits, n_inp, fields = [['a']] * 8 + [['a', 'b']] * 2 + [[]] * 2, [range(12)], 0, [Field()]
     order = balanced_order(Sets(), True)
     third = 1 / 3
     assert np.allclose(order.weights[:8], third / 10) and np.allclose(order.weights[8:10], (third / 10 + third / 2) / 2) and np.allclose(order.weights[10:], third / 2)
