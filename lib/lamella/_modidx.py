@@ -1873,6 +1873,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lamella/vision/decoding.py'),
                                          'lamella.vision.decoding._jpeg_decoder': ( '60_vision/decoding.html#_jpeg_decoder',
                                                                                     'lamella/vision/decoding.py'),
+                                         'lamella.vision.decoding._resize': ( '60_vision/decoding.html#_resize',
+                                                                              'lamella/vision/decoding.py'),
                                          'lamella.vision.decoding._resize_by_pil': ( '60_vision/decoding.html#_resize_by_pil',
                                                                                      'lamella/vision/decoding.py'),
                                          'lamella.vision.decoding.decode_jpeg': ( '60_vision/decoding.html#decode_jpeg',
