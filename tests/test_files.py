@@ -11,8 +11,9 @@ from fastcore.foundation import L
 from PIL import Image
 
 from lamella.data.sources import get_image_files
-from lamella.vision import files as module
-from lamella.vision.files import download_images, resize_image, resize_images, verify_image, verify_images
+from lamella.vision import downloads as module
+from lamella.vision.downloads import download_images
+from lamella.vision.files import resize_image, resize_images, verify_image, verify_images
 
 
 def photo(size=(320, 240), mode='RGB') -> Image.Image:
@@ -60,9 +61,9 @@ def test_permission(tmp_path: Path):
     assert verify_images([tmp_path/'x.png']).reasons == ['not readable: permission denied']
 
 
-def test_permission_in_words():
-    from lamella.vision.files import _in_words
-    assert _in_words(PermissionError(13, 'Permission denied'), Path('x')) == 'not readable: permission denied'
+def test_permissionin_words():
+    from lamella.vision.files import in_words
+    assert in_words(PermissionError(13, 'Permission denied'), Path('x')) == 'not readable: permission denied'
 
 
 def test_failed_is_a_list_and_a_table(tmp_path: Path):
@@ -283,3 +284,12 @@ def test_addresses_in_a_file(site, tmp_path: Path):
 def test_unchecked(site, tmp_path: Path):
     assert not len(download_images(tmp_path, urls=[f'{site.address}/page.html', f'{site.address}/page'], check=False))
     assert names(tmp_path) == ['00000000.html', '00000001.jpg']
+
+
+def test_two_files_of_one_name_do_not_become_one(tmp_path: Path):
+    (tmp_path/'src').mkdir()
+    for name, colour in (('a.bmp', 'blue'), ('a.png', 'red'), ('b.png', 'red')): Image.new('RGB', (20, 20), colour).save(tmp_path/'src'/name)
+    failed = resize_images(tmp_path/'src', dest=tmp_path/'dst', max_size=10, ext='.jpg')
+    assert [o.name for o in failed] == ['a.png'] and 'a.bmp' in failed.reasons[0]
+    assert sorted(o.name for o in (tmp_path/'dst').iterdir()) == ['a.jpg', 'b.jpg']
+    with Image.open(tmp_path/'dst'/'a.jpg') as kept: assert kept.getpixel((5, 5))[2] > 200, 'the first one was kept'

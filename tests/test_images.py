@@ -349,3 +349,29 @@ def test_normalize_without_statistics_takes_them_from_a_training_batch():
     dls = block.dataloaders(list(range(50)), bs=40, num_workers=0, device='cpu')
     assert torch.allclose(dls.train.after_batch[-1].mean.flatten(), torch.full((3,), 20 / 255), atol=1e-4)
     assert dls.valid.after_batch[-1] is dls.train.after_batch[-1]
+
+
+def test_pixels_for_inference_and_gradients_leave_no_trace():
+    "The memory that is kept for a thread is neither an inference tensor nor part of a graph"
+    import lamella.vision.pixels as pixels
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        pixels._thread.floats = None
+        x, run = TensorImage(torch.randint(0, 255, (2, 3, 8, 8), dtype=torch.uint8)), Normalize.from_stats(*imagenet_stats)
+        with torch.inference_mode(): IntToFloatTensor()(x)
+        a = IntToFloatTensor()(x)
+        assert not run(TensorImage(torch.rand(2, 3, 8, 8).requires_grad_())).requires_grad
+        assert not run(a).requires_grad and torch.equal(IntToFloatTensor()(x), a)
+    finally: torch.set_num_threads(threads)
+
+
+def test_normalize_learns_from_images_of_16_bits_and_beside_masks():
+    deep = TensorImage(torch.randint(0, 65536, (4, 3, 8, 8)).to(torch.uint16))
+    done = Pipeline([IntToFloatTensor(), Normalize()], 0)((TensorMask(torch.zeros(4, 8, 8, dtype=torch.uint8)), deep))[1]
+    assert abs(float(done.mean())) < 1e-3 and abs(float(done.std()) - 1) < 0.01
+
+
+def test_normalize_names_the_channels_of_the_second_image():
+    both = TensorImage(torch.rand(2, 3, 8, 8)), TensorImage(torch.rand(2, 1, 8, 8))
+    with pytest.raises(ValueError, match='have 1 channels, and Normalize has the statistics of 3'): Normalize.from_stats(*imagenet_stats)(both)

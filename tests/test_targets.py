@@ -14,6 +14,7 @@ from lamella.data.blocks import TransformBlock
 from lamella.data.datablock import DataBlock
 from lamella.data.pipeline import DataError
 from lamella.data.splitters import IndexSplitter
+from lamella.data.types import TensorCategory
 from lamella.export.predictor import load_learner
 from lamella.learner.learner import Learner
 from lamella.vision.augment import aug_transforms
@@ -22,9 +23,9 @@ from lamella.vision.boxes import bb_pad, get_annotations
 from lamella.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock, MaskBlock, PointBlock, SegmentationDataLoaders
 from lamella.vision.geometry import Flip, Rotate, Zoom
 from lamella.vision.points import LabeledBBox, TensorBBox, TensorPoint
-from lamella.vision.targets import PointScaler
+from lamella.vision.targets import AddMaskCodes, PointScaler
 from lamella.vision.transforms import CropPad, RandomResizedCrop, Resize
-from lamella.vision.types import TensorImage, TensorMask
+from lamella.vision.types import PILMask, TensorImage, TensorMask
 
 CODES = ['sky', 'tree', 'road']
 
@@ -313,3 +314,18 @@ def test_boxes_exported(files, tmp_path):
     learn = Learner(dls, model, loss_func=lambda pred, boxes, labels: nn.functional.l1_loss(pred, boxes[:, 0]), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert load_learner(learn.export('boxes.pkl')).predict(files[0])[2].shape == (4,)
+
+
+def test_rare_foreground_of_255_is_no_void(tmp_path):
+    "One of forty masks has foreground, and no codes are given"
+    masks = [PILMask.create(np.zeros((4, 4), np.uint8)) for _ in range(40)]
+    masks[3] = PILMask.create(np.array([[255, 0]], np.uint8))
+    mapped = AddMaskCodes()
+    mapped.setups(masks)
+    with pytest.warns(UserWarning, match='255 was made 1'): assert np.asarray(mapped(masks[3])).tolist() == [[1, 0]]
+
+
+def test_boxes_beside_a_class_of_the_image():
+    box = TensorBBox(torch.tensor([[-.5, -.5, .5, .5]]))
+    padded = bb_pad([(TensorImage(torch.zeros(3, 4, 4)), box, TensorCategory(torch.tensor(1)))])
+    assert len(padded[0][1]) == 1 and int(padded[0][2]) == 1

@@ -33,7 +33,7 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'BBoxLabeler', 'bb_pad',
            'clip_remove_empty', 'get_annotations', 'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats',
            'mnist_stats', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders', 'MaskBlock',
-           'PointBlock', 'SegmentationDataLoaders', 'Failed', 'download_images', 'resize_image', 'resize_images',
+           'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed', 'resize_image', 'resize_images',
            'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw',
            'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner',
            'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox', 'TensorPoint',
@@ -113,7 +113,8 @@ from .boxes import BBoxLabeler, bb_pad, clip_remove_empty, get_annotations
 from .batch import IntToFloatTensor, Normalize, cifar_stats, imagenet_stats, mnist_stats
 from .cropping import PadMode
 from .data import (BBoxBlock, BBoxLblBlock, ImageBlock, ImageDataLoaders, MaskBlock, PointBlock, SegmentationDataLoaders)
-from .files import Failed, download_images, resize_image, resize_images, verify_image, verify_images
+from .downloads import download_images
+from .files import Failed, resize_image, resize_images, verify_image, verify_images
 from .geometry import AffineCoordTfm, DeterministicDihedral, DeterministicDraw, DeterministicFlip, Dihedral, Flip, Rotate, Warp, Zoom
 from .learner import cnn_learner, vision_learner
 from .nets import Architecture, create_vision_model, vision_splitter
@@ -154,7 +155,7 @@ _all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warning
     'RMSProp', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds', 'combined_cos', 'Brightness', 'Contrast', 'Hue',
     'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'BBoxLabeler', 'bb_pad', 'clip_remove_empty',
     'get_annotations', 'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'PadMode', 'BBoxBlock', 'BBoxLblBlock',
-    'ImageBlock', 'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'Failed', 'download_images', 'resize_image', 'resize_images',
+    'ImageBlock', 'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed', 'resize_image', 'resize_images',
     'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate',
     'Warp', 'Zoom', 'cnn_learner', 'vision_learner', 'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox', 'TensorPoint',
     'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem', 'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod',

@@ -31,7 +31,8 @@ class _Run:
     def __repr__(self) -> str: return ' + '.join(map(repr, self.fs))
 
     def __call__(self, x: Any, split_idx: int | None = None) -> Any:
-        picture, steps = next(_pictures(x), None), []
+        found = sorted(_pictures(x), key=lambda o: o.dim() != 4) # images before masks
+        picture, steps = found[0] if found else None, []
         for group in self.groups if picture is not None else []:
             active = [f for f in group if f.split_idx in (None, split_idx)]
             if active: steps += type(group[0]).plan(active, picture, split_idx)
@@ -53,6 +54,7 @@ def _pictures(x: Any) -> Iterator[torch.Tensor]:
         for o in x: yield from _pictures(o)
     elif isinstance(x, TensorImageBase): yield plain(x)[None] if x.dim() == (2 if isinstance(x, TensorMask) else 3) else plain(x)
 
+@torch.no_grad()
 def _images(x: torch.Tensor, steps: list[Step]) -> torch.Tensor:
     "All steps on a batch of images; whole numbers stay what they are if no step makes them 0..1"
     size = functools.reduce(lambda size, step: step.out_size(size), steps, tuple(x.shape[-2:]))
@@ -143,7 +145,10 @@ class _Linear(Step):
     "The step of `Normalize`"
     def __init__(self, scale: torch.Tensor, shift: torch.Tensor): self.scale, self.shift = scale, shift
 
-    def image(self, px: Pixels, part: slice) -> None: px.linear(self.scale, self.shift)
+    def image(self, px: Pixels, part: slice) -> None:
+        known, given = self.scale.shape[1] if self.scale.dim() == 4 else 1, px.y.shape[1]
+        if known not in (1, given): raise ValueError(f'the images have {given} channels, and Normalize has the statistics of {known}: give those of the data, or none')
+        px.linear(self.scale, self.shift)
 
 @register
 class Normalize(BatchTransform):
@@ -173,7 +178,9 @@ class Normalize(BatchTransform):
 
     def _learn(self, x: torch.Tensor) -> None:
         "Take the statistics from a batch"
-        values = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        px = Pixels(x)
+        px.unit(255)
+        values = px.value()
         self.mean, self.std = values.mean(self.axes, keepdim=True), values.std(self.axes, keepdim=True) + 1e-7
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +196,6 @@ class Normalize(BatchTransform):
     def _step(self, x: torch.Tensor) -> _Linear:
         if self.mean is None or self.std is None: self._learn(x)
         mean, std = self._on(x.device)
-        if x.dim() == mean.dim() == 4 and mean.shape[1] not in (1, x.shape[1]): raise ValueError(f'the images have {x.shape[1]} channels, and Normalize has the statistics of {mean.shape[1]}: give those of the data, or none')
         return _Linear(1 / std, -mean / std)
 
     def setups(self, dl: Any) -> None:

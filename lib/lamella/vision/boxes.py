@@ -89,7 +89,7 @@ class BBoxLabeler(ItemTransform):
 
 def _pairs(b: tuple) -> list[tuple[int, int]]:
     "Where the boxes of a sample are, and where their labels"
-    return [(i, i + 1) for i in range(len(b) - 1) if isinstance(b[i], TensorBBox) and isinstance(b[i + 1], TensorBase) and not isinstance(b[i + 1], (TensorPoint, TensorImageBase))]
+    return [(i, i + 1) for i in range(len(b) - 1) if isinstance(b[i], TensorBBox) and isinstance(b[i + 1], TensorBase) and b[i + 1].dim() and not isinstance(b[i + 1], (TensorPoint, TensorImageBase))]
 
 # %% ../../../nbs/60_vision/08_boxes.ipynb #9a3665eb
 def clip_remove_empty(

@@ -36,7 +36,7 @@ def to_mode(
 ) -> Image.Image:    # the image in that mode
     "Convert `im` without losing what can be kept: 16 bits are scaled, transparency is dropped"
     if mode is None or im.mode == mode: return im
-    if _is_deep(im): im = Image.fromarray(((np.asarray(im).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
+    if _is_deep(im) and not (im.mode == 'I' and im.getextrema()[1] <= 255): im = Image.fromarray(((np.asarray(im).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
     if im.mode == 'P' and 'transparency' in im.info: im = im.convert('RGBA')
     return im.convert(mode)
 
@@ -59,6 +59,7 @@ def to_image(
     if isinstance(x, Image.Image): return x
     if isinstance(x, torch.Tensor): x = _channels_last(plain(x).detach().cpu()).numpy()
     array = np.asarray(x)
+    if array.dtype.kind in 'biuf' and array.ndim not in (2, 3): raise ValueError(f'an image is an array (height, width) or (height, width, channels), not {array.shape}')
     if array.dtype.kind == 'O': raise TypeError(f'an image is made of a path, bytes, a file, an array, a tensor or a PIL image, not of {type(x).__name__}: {x!r}')
     if array.dtype.kind == 'f': array = _from_floats(array)
     elif array.dtype.itemsize > 1: array = _from_integers(array)
@@ -157,22 +158,29 @@ def read_array(
     source: Any,       # a file (`.npy`, `.npz`, or what PIL reads: TIFF of several pages, 16 bits, ...), its bytes, an array, a tensor, a PIL image
 ) -> torch.Tensor:     # (c,h,w): uint8, uint16 or float32
     "All channels of an image, with their own numbers"
-    if isinstance(source, (str, os.PathLike, bytes)): source = _array_of_file(source if isinstance(source, bytes) else os.fspath(source))
-    if isinstance(source, Image.Image): source = np.asarray(source)
+    first = isinstance(source, torch.Tensor) # are the channels known to be the first dimension?
+    if isinstance(source, (str, os.PathLike, bytes)): source, first = _array_of_file(source if isinstance(source, bytes) else os.fspath(source))
+    if isinstance(source, Image.Image): source, first = np.atleast_3d(np.asarray(source)).transpose(2, 0, 1), True
     array = plain(source).detach().cpu().numpy() if isinstance(source, torch.Tensor) else np.asarray(source)
     if array.ndim not in (2, 3) or array.dtype.kind not in 'buif': raise ValueError(
         f'an image is an array of numbers (height, width), (height, width, channels) or (channels, height, width), not {array.shape} of {array.dtype}')
-    if array.ndim == 3 and array.shape[0] > array.shape[-1]: array = np.moveaxis(array, -1, 0) # there are fewer channels than rows
+    if not first and array.ndim == 3 and _channels_are_last(array.shape): array = np.moveaxis(array, -1, 0)
     kind = {'b': np.uint8, 'u': array.dtype if array.dtype.itemsize <= 2 else np.float32}.get(array.dtype.kind, np.float32)
-    return torch.from_numpy(np.array(array[None] if array.ndim == 2 else array, dtype=kind, order='C'))
+    return torch.from_numpy(np.array(array[None] if array.ndim == 2 else array, dtype=np.dtype(kind).newbyteorder('='), order='C'))
 
-def _array_of_file(source: str | bytes) -> np.ndarray:
-    "What is in a file: one array, or one for each page"
+def _channels_are_last(shape: tuple[int, ...]) -> bool:
+    "Two equal sides are those of the image; else there are fewer channels than rows"
+    first, middle, last = shape
+    return last != first if first == middle else last != middle and last < first
+
+def _array_of_file(source: str | bytes) -> tuple[np.ndarray, bool]:
+    "What is in a file: one array, or one for each page of a TIFF; and whether the channels are known to be the first dimension"
     head = source[:6] if isinstance(source, bytes) else open(source, 'rb').read(6)
     if head[:6] == b'\x93NUMPY' or head[:4] == b'PK\x03\x04':
         loaded = np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+        return loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]], False
     with open_image(source) as im:
-        try: pages = [np.asarray(im) for i in range(getattr(im, 'n_frames', 1)) if im.seek(i) is None]
+        try:
+            pages = [np.asarray(im) for i in range(getattr(im, 'n_frames', 1) if im.format == 'TIFF' else 1) if im.seek(i) is None]
+            return np.atleast_3d(pages[0]).transpose(2, 0, 1) if len(pages) == 1 else np.stack(pages), True
         except Exception as error: raise explain_damage(error, source)
-    return pages[0] if len(pages) == 1 else np.stack(pages)

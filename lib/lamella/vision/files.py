@@ -4,33 +4,26 @@
 
 # %% ../../../nbs/60_vision/04_files.ipynb #725a93cf
 from __future__ import annotations
-import http.client
 import os
-import re
 import shutil
-import tempfile
-import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
 
 from fastcore.foundation import L
 from PIL import Image
 
 from ..base.files import atomic_write
-from ..data.sources import get_image_files, image_extensions
+from ..data.sources import get_image_files
 from .types import BILINEAR, NEAREST, to_mode
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Failed', 'verify_image', 'verify_images', 'resize_image', 'resize_images', 'download_images']
+__all__ = ['Failed', 'in_words', 'first_line', 'verify_image', 'verify_images', 'in_threads', 'resize_image', 'resize_images']
 
 # %% ../../../nbs/60_vision/04_files.ipynb #3144ec64
 class Failed(L):
@@ -66,17 +59,20 @@ def _why_unreadable(fn: str | os.PathLike) -> str | None:
             if im.format == 'JPEG': im.draft(im.mode, (1, 1))
             im.load()
         return None
-    except Exception as error: return _in_words(error, Path(fn))
+    except Exception as error: return in_words(error, Path(fn))
 
-def _in_words(error: Exception, file: Path) -> str:
+def in_words(
+    error: Exception, # what a decoder said
+    file: Path,       # what was to be read
+) -> str:             # such as 'truncated: ...'
     "The reason, for people"
     if isinstance(error, FileNotFoundError): return 'there is no such file'
     if isinstance(error, IsADirectoryError) or file.is_dir(): return 'a folder, not a file'
     if isinstance(error, PermissionError): return 'not readable: permission denied'
     if file.exists() and not file.stat().st_size: return 'an empty file'
     if isinstance(error, Image.UnidentifiedImageError): return _what_instead(file)
-    if isinstance(error, (Image.DecompressionBombError, MemoryError)): return f'too large: {_first_line(error)}'
-    return f'{"truncated" if "truncated" in str(error) else "damaged"}: {_first_line(error)}'
+    if isinstance(error, (Image.DecompressionBombError, MemoryError)): return f'too large: {first_line(error)}'
+    return f'{"truncated" if "truncated" in str(error) else "damaged"}: {first_line(error)}'
 
 def _what_instead(file: Path) -> str:
     "No image; most often the page of a server that says so"
@@ -84,7 +80,11 @@ def _what_instead(file: Path) -> str:
     if head.startswith((b'<!doctype html', b'<html')): return 'no image, but an HTML page'
     return 'no image, but an SVG drawing' if b'<svg' in head else 'no image that PIL can read'
 
-def _first_line(error: BaseException) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(
+    error: BaseException, # any error
+) -> str:                 # without what follows
+    "The first line of what an error says"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 def verify_image(
     fn: str | os.PathLike, # a file
@@ -98,11 +98,15 @@ def verify_images(
 ) -> Failed:                          # those of `fns` that are no complete images, with the reasons
     "Find the files that cannot be decoded; none is deleted: `failed.map(Path.unlink)` does that"
     fns = [Path(o) for o in fns]
-    found = [(fn, reason) for fn, reason in zip(fns, _in_threads(_why_unreadable, fns, max_workers)) if reason is not None]
+    found = [(fn, reason) for fn, reason in zip(fns, in_threads(_why_unreadable, fns, max_workers)) if reason is not None]
     return Failed([fn for fn, _ in found], [reason for _, reason in found])
 
-def _in_threads(func: Callable[[Any], Any], items: Sequence[Any], workers: int | None) -> list[Any]:
-    "The results in the order of `items`"
+def in_threads(
+    func: Callable[[Any], Any], # done to each item
+    items: Sequence[Any],       # what to do it to
+    workers: int | None,        # threads; as many as Python finds right if `None`, 0 for none
+) -> list[Any]:                 # the results, in the order of `items`
+    "Do something to many items at once"
     if workers == 0: return [func(o) for o in items]
     with ThreadPoolExecutor(workers) as pool: return list(pool.map(func, items))
 
@@ -190,111 +194,15 @@ def resize_images(
     options = dict(src=path, max_size=max_size, n_channels=n_channels, ext=ext, img_format=img_format, resample=resample, resume=bool(resume), **kwargs)
     def _work(file: Path) -> str | None:
         try: resize_image(file.relative_to(path), dest, **options)
-        except Exception as error: return _why_unreadable(file) or f'could not be written: {_first_line(error)}'
+        except Exception as error: return _why_unreadable(file) or f'could not be written: {first_line(error)}'
         return None
-    files = get_image_files(path, recurse=recurse)
-    found = [(fn, reason) for fn, reason in zip(files, _in_threads(_work, files, max_workers)) if reason is not None]
+    files, twice = _one_for_each_copy(get_image_files(path, recurse=recurse), ext)
+    found = twice + [(fn, reason) for fn, reason in zip(files, in_threads(_work, files, max_workers)) if reason is not None]
     return Failed([fn for fn, _ in found], [reason for _, reason in found])
 
-# %% ../../../nbs/60_vision/04_files.ipynb #fbcbe70b
-def _addresses(urls: Iterable[str] | None, url_file: str | os.PathLike | None, max_pics: int | None) -> list[str]:
-    "The addresses to fetch; a warning says if that are not all"
-    if urls is None:
-        if url_file is None: raise ValueError('say what to fetch: urls=[...], or url_file=... with one address a line')
-        urls = Path(url_file).read_text(encoding='utf-8').splitlines()
-    found = [str(o).strip() for o in urls if str(o).strip()]
-    if max_pics is not None and len(found) > max_pics: warnings.warn(f'only the first max_pics={max_pics} of {len(found)} addresses are fetched', stacklevel=3)
-    return found[:max_pics]
-
-def _name_in(url: str) -> tuple[str, str]:
-    "(stem, suffix) of the file that an address ends with, harmless as a name; the suffix is empty if it is not one of images"
-    name = re.sub(r'[^\w .()+-]', '_', unquote(urlsplit(url).path).rsplit('/', 1)[-1]).strip('. ')
-    stem, dot, suffix = name.rpartition('.')
-    return (stem[:100].strip('. '), dot + suffix.lower()) if dot + suffix.lower() in image_extensions else (name[:100].strip('. '), '')
-
-def _plan_names(urls: list[str], dest: Path, preserve: bool) -> list[str]:
-    "A name without suffix for each address, that no file in `dest` and no other address has"
-    taken = {o.stem.lower() for o in dest.iterdir()}
-    if not preserve:
-        start = max([int(o) for o in taken if re.fullmatch(r'\d{8}', o, re.ASCII)], default=-1) + 1
-        return [f'{start + i:08}' for i in range(len(urls))]
-    names = []
-    for url in urls:
-        stem = _name_in(url)[0] or 'image'
-        name, count = stem, 0
-        while name.lower() in taken: name, count = f'{stem}{count + 1}', count + 1
-        taken.add(name.lower())
-        names.append(name)
-    return names
-
-def _quoted(url: str) -> str: return quote(url, safe="%/:=&?~#+!$,;'@()*[]") # addresses that people copy have spaces in them
-
-def _suffix_of(file: Path, url: str, check: bool) -> str:
-    "How the file is to be called, from its address or its content; `ValueError` if it has to be an image and is none"
-    suffix = _name_in(url)[1]
-    if not check: return suffix or re.sub(r'[^\w.]', '', Path(urlsplit(url).path).suffix)[:10] or '.jpg'
-    try:
-        with Image.open(file) as im: kind = im.format
-    except Exception as error: raise ValueError(_in_words(error, file)) from error
-    return suffix or {'JPEG': '.jpg', 'TIFF': '.tif'}.get(kind, f'.{kind.lower()}')
-
-_BUSY = 408, 425, 429, 500, 502, 503, 504 # answers after which another attempt may help
-_pause = 0.5                              # seconds before the second attempt, doubled with each one
-
-def _fetch(url: str, file: Path, timeout: float, max_bytes: int, end: float) -> None:
-    "One attempt: all of it, or an error as soon as it is too long or too late"
-    request = urllib.request.Request(_quoted(url), headers={'User-Agent': 'lamella'})
-    with urllib.request.urlopen(request, timeout=timeout) as response, open(file, 'wb') as opened:
-        if urlsplit(response.url).scheme not in ('http', 'https'): raise ValueError(f'the server leads to {response.url}')
-        total = int(response.headers.get('Content-Length') or 0)
-        while chunk := response.read1(1 << 16) if total <= max_bytes else b'':
-            if time.monotonic() > end: raise ValueError('it took longer than max_seconds')
-            opened.write(chunk)
-            total = max(total, opened.tell())
-            if total > max_bytes: break
-        if total > max_bytes: raise ValueError(f'it is larger than max_bytes={max_bytes:,}')
-        if opened.tell() < total: raise ConnectionError(f'the connection ended after {opened.tell():,} of {total:,} bytes')
-
-def _fetch_patiently(url: str, file: Path, timeout: float, retries: int, max_bytes: int, max_seconds: float) -> None:
-    "As many attempts as may help"
-    if urlsplit(url).scheme not in ('http', 'https'): raise ValueError('the address begins with neither http:// nor https://')
-    for attempt in range(retries + 1):
-        try: return _fetch(url, file, timeout, max_bytes, time.monotonic() + max_seconds)
-        except (OSError, http.client.HTTPException) as error:
-            if attempt == retries or getattr(error, 'code', 503) not in _BUSY: raise
-        time.sleep(_pause * 2**attempt)
-
-def download_images(
-    dest: str | os.PathLike,                    # folder for the images, made if need be
-    url_file: str | os.PathLike | None = None,  # a text file with one address a line
-    urls: Iterable[str] | None = None,          # the addresses, in place of a file
-    max_pics: int | None = 1000,                # at most so many are fetched; a warning says if that are not all
-    n_workers: int = 8,                         # how many are fetched at once
-    timeout: float = 4,                         # seconds without a byte after which the connection counts as broken
-    preserve_filename: bool = False,            # call files as the address does, instead of numbering them
-    retries: int = 1,                           # more attempts, where the server is busy or hangs up
-    max_bytes: int = 50_000_000,                # larger files are refused, as soon as that is known
-    max_seconds: float = 60,                    # for each file
-    check: bool = True,                         # keep only what PIL knows as an image
-) -> Failed:                                    # addresses that gave no image, with the name it would have had and the reason
-    "Fetch images; one that cannot be had does not stop the others"
-    dest = Path(dest)
-    dest.mkdir(parents=True, exist_ok=True)
-    addresses = _addresses(urls, url_file, max_pics)
-    names = _plan_names(addresses, dest, preserve_filename)
-    options = dict(timeout=timeout, retries=retries, max_bytes=max_bytes, max_seconds=max_seconds)
-    with tempfile.TemporaryDirectory(prefix='.downloading.', dir=dest) as arriving:
-        work = lambda job: _download_one(*job, dest, Path(arriving), check, options)
-        reasons = _in_threads(work, list(zip(addresses, names)), n_workers)
-    found = [row for row in zip(addresses, names, reasons) if row[2] is not None]
-    return Failed([o[0] for o in found], [o[2] for o in found], 'url', {'file': [o[1] for o in found]})
-
-def _download_one(url: str, name: str, dest: Path, arriving: Path, check: bool, options: dict) -> str | None:
-    "Fetch one image under its name; the reason if that is not possible"
-    file = arriving/name
-    try:
-        _fetch_patiently(url, file, **options)
-        os.replace(file, dest/f'{name}{_suffix_of(file, url, check)}')
-        return None
-    except urllib.error.HTTPError as error: return ' '.join(f'HTTP {error.code} {error.reason}'.split())
-    except (OSError, ValueError, http.client.HTTPException) as error: return _first_line(error)
+def _one_for_each_copy(files: Iterable[Path], ext: str | None) -> tuple[list[Path], list[tuple[Path, str]]]:
+    "Files whose copies have names of their own; and those whose copy would replace that of another one, with the reason"
+    first: dict[Path, Path] = {}
+    for file in files: first.setdefault(file.with_suffix(ext) if ext else file, file)
+    kept = set(first.values())
+    return list(first.values()), [(o, f'its copy would replace that of {first[o.with_suffix(ext)].name}') for o in files if o not in kept and ext]

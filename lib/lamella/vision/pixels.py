@@ -76,8 +76,9 @@ _thread = threading.local()
 def _as_floats(x: torch.Tensor) -> torch.Tensor:
     "A copy as floats; on a CPU in memory that the thread keeps, because the system takes longer to hand out new pages than to fill them"
     if x.device.type != 'cpu' or x.numel() > 2 * _PART: return x.to(torch.float32, copy=True)
-    if getattr(_thread, 'floats', None) is None: _thread.floats = torch.empty(2 * _PART)
-    return _thread.floats[:x.numel()].view(x.shape).copy_(x)
+    if getattr(_thread, 'floats', None) is None:
+        with torch.inference_mode(False): _thread.floats = torch.empty(2 * _PART, dtype=torch.float32)
+    return _thread.floats[:x.numel()].view(x.shape).copy_(x.detach())
 
 def _is_not(number: Any, neutral: float) -> bool: return isinstance(number, torch.Tensor) or number != neutral
 
@@ -135,9 +136,9 @@ def in_parts(
     parts = [slice(i, min(i + size, len(x))) for i in range(0, len(x), size)]
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) == 1: return [work(part) for part in parts]
-    inference = torch.is_inference_mode_enabled() # holds for one thread only
+    inference = torch.is_inference_mode_enabled() # holds for one thread only, as `no_grad` does
     def _work(part: slice) -> Any:
-        with torch.inference_mode(inference): return work(part)
+        with torch.no_grad(), torch.inference_mode(inference): return work(part)
     return list(_thread_pool(threads, os.getpid()).map(_work, parts))
 
 # %% ../../../nbs/60_vision/09_pixels.ipynb #44e7c122

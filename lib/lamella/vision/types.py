@@ -73,6 +73,7 @@ class PILBase(PILGeometry, Image.Image):
         self._pixels = getattr(im, '_pixels', None)
         if self._pixels is None: im.load()
         self._im, self._mode, self._size, self.palette, self.info = im._im, im.mode, im.size, im.palette, dict(im.info)
+        self.readonly = 1 # PIL copies them before it changes one
 
     @classmethod
     def cast(cls,
@@ -89,6 +90,7 @@ class PILBase(PILGeometry, Image.Image):
         "Open an image; a file is read when its pixels are needed"
         mode = mode or cls._open_args['mode']
         if hasattr(fn, 'read'): fn = fn.read()
+        if isinstance(fn, (bytearray, memoryview)): fn = bytes(fn)
         if isinstance(fn, (str, os.PathLike, bytes)): return cls._create_lazily(os.fspath(fn), mode)
         return cls(cls._to_mode(to_image(fn), mode))
 
@@ -96,6 +98,7 @@ class PILBase(PILGeometry, Image.Image):
     def _create_lazily(cls, source: Any, mode: str | None) -> PILBase:
         made, opened = cls(), open_image(source)
         made._source, made._size, made._mode, made.info = source, opened.size, mode or opened.mode, dict(opened.info)
+        made.readonly = 1 # as PIL's own files, until somebody writes
         _hold(made, opened)
         return made
 
@@ -104,6 +107,7 @@ class PILBase(PILGeometry, Image.Image):
         "An image of (c,h,w) bytes"
         made = cls()
         made._pixels, made._mode, made._size = pixels, 'L' if len(pixels) == 1 else 'RGB', (pixels.shape[2], pixels.shape[1])
+        made.readonly = 1
         return made
 
     def _take_opened(self) -> Image.Image | None:
@@ -112,23 +116,24 @@ class PILBase(PILGeometry, Image.Image):
         if opened is not None and (self._source is None or pid != os.getpid()): opened.close()
         return opened if pid == os.getpid() else None
 
-    def _read(self, size: tuple[int, int] | None = None) -> Image.Image | torch.Tensor:
-        "The file's pixels in the mode of this image: all of them, or as few as an image of `size` needs"
+    def _read(self, size: tuple[int, int] | None = None) -> tuple[Image.Image | torch.Tensor, tuple[float, float]]:
+        "The file's pixels in the mode of this image, all of them or as few as an image of `size` needs; and (width, height) of the image in these pixels"
         opened = self._take_opened() or open_image(self._source)
         try:
             with opened:
                 reduced = opened.draft(self._mode, size) if size is not None else None
-                pixels = decode_jpeg(opened, self._mode) if size is not None and (reduced is None or opened.size == self.size) else None
-                if pixels is not None: return pixels
+                part = reduced[1][2:] if reduced is not None else opened.size # an eighth of 1793 pixels are 224.125 of 225
+                pixels = decode_jpeg(opened, self._mode) if size is not None and opened.size == self.size else None
+                if pixels is not None: return pixels, part
                 opened.load()
-                return self._to_mode(opened, self._mode)
+                return self._to_mode(opened, self._mode), part
         except Exception as error: raise explain_damage(error, self._source)
 
     def load(self) -> Any: # PIL's access to pixels
         "Read the file, if that has not been done (PIL calls this wherever it needs pixels)"
         if self._source is not None or self._pixels is not None:
-            source = self._read() if self._pixels is None else Image.fromarray(_last(self._pixels).numpy())
-            self._im, self.palette, self._source, self._pixels = source.im, source.palette, None, None
+            source = self._read()[0] if self._pixels is None else Image.fromarray(_last(self._pixels).numpy())
+            self._im, self.palette, self._source, self._pixels, self.readonly = source.im, source.palette, None, None, source.readonly
         return super().load()
 
     def _new(self, im: Any) -> PILBase: return self.cast(super()._new(im))
@@ -156,10 +161,10 @@ class PILBase(PILGeometry, Image.Image):
         "Resize a part of the image in one step, decoding no more pixels than it needs"
         (w, h), box, mode = self.size, box or (0, 0, *self.size), _TENSOR_MODES.get(resample) if self.mode in ('RGB', 'L') and not self._resample else None
         source: Any = self
+        wide, tall = w, h
         if self._source is not None:
             wanted = [max(1, round(full * to / (end - start))) for full, to, start, end in zip((w, h), size, box, box[2:])]
-            source = self._read((wanted[0], wanted[1]) if not self._resample else None)
-        tall, wide = source.shape[-2:] if isinstance(source, torch.Tensor) else source.size[::-1]
+            source, (wide, tall) = self._read((wanted[0], wanted[1]) if not self._resample else None) # type: ignore[assignment]
         x, y = wide / w, tall / h
         box = (box[0] * x, box[1] * y, min(box[2] * x, wide), min(box[3] * y, tall))
         if mode and all(abs(o - round(o)) < 1e-6 for o in box): # type: ignore[misc]
