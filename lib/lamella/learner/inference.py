@@ -41,8 +41,8 @@ class Prediction(tuple):
 
     @property
     def probability(self) -> float | None: # 0 to 1; `None` if the task has no classes
-        "How probable the model takes its decision to be"
-        if self.classes is None or self[1].numel() != 1 or self[2].dim() != 1 or self[1].dtype.is_floating_point: return None
+        "How probable the model takes its decision to be; `None` for several labels, see `probabilities`"
+        if self.classes is None or self[1].numel() != 1 or self[2].dim() != 1 or self[1].dtype.is_floating_point or self[1].dtype == torch.bool: return None
         return float(self[2][int(self[1])])
 
     @property
