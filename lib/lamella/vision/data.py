@@ -18,6 +18,7 @@ from ..data.blocks import CategoryBlock, RegressionBlock, TransformBlock
 from ..data.datablock import DataBlock
 from ..data.labels import ColReader, ItemGetter, RegexLabeller, function_name, parent_label
 from ..data.loaders import DataLoaders
+from ..data.multilabel import MultiCategoryBlock
 from ..data.sources import get_image_files
 from ..data.splitters import GrandparentSplitter, MaskSplitter, RandomSplitter, Splitter
 from .batch import IntToFloatTensor
@@ -90,11 +91,10 @@ def _joined_splitter(joined: JoinedDatasets, split_first: bool, valid_pct: float
     sets = [*RandomSplitter(valid_pct, seed=seed)(first), *rest] if split_first else [first, *rest]
     return lambda items: sets # type: ignore[return-value]
 
-def _target_block(y_block: Any, several: bool, what: str, number: bool = False) -> Any:
+def _target_block(y_block: Any, several: bool, number: bool = False) -> Any:
     "What the labels are, if it is not said"
     if y_block is not None: return y_block
-    if several: raise ValueError(f'{what} gives several labels for an image: say what they are with y_block=..., such as y_block=RegressionBlock for several numbers')
-    return RegressionBlock if number else CategoryBlock
+    return MultiCategoryBlock if several else RegressionBlock if number else CategoryBlock
 
 class ImageDataLoaders(DataLoaders):
     "Loaders of pictures and their labels"
@@ -168,7 +168,7 @@ class ImageDataLoaders(DataLoaders):
         labels: Sequence[Any],               # one label an image; floats are for regression
         valid_pct: float = 0.2,              # share for validation, at random
         seed: int | None = None,             # decides the split, the order and the randomness
-        y_block: Any = None,                 # what the labels are; classes if not given, or numbers if they are floats
+        y_block: Any = None,                 # what the labels are; classes if not given, several if they are lists, numbers if they are floats
         item_tfms: Any = None,               # transforms of an image, in a worker
         batch_tfms: Any = None,              # transforms of a batch, on the device
         img_cls: type[PILBase] = PILImage,   # `PILImage` or `PILImageBW`
@@ -177,7 +177,7 @@ class ImageDataLoaders(DataLoaders):
         "Images and their labels"
         if len(fnames) != len(labels): raise ValueError(f'there are {len(fnames)} images and {len(labels)} labels')
         several, number = (isinstance(labels[0], (list, tuple, np.ndarray)), isinstance(labels[0], float)) if len(labels) else (False, False)
-        block = _target_block(y_block, several, 'labels', number)
+        block = _target_block(y_block, several, number)
         return cls._made(path, list(zip(fnames, labels)), img_cls, block, _splitter(valid_pct, seed), item_tfms, batch_tfms, dict(kwargs, seed=seed), get_x=ItemGetter(0), get_y=ItemGetter(1))
 
     @classmethod
@@ -191,7 +191,7 @@ class ImageDataLoaders(DataLoaders):
         suff: str = '',                              # put after each file name, such as '.jpg'
         label_col: int | str | list[int | str] = 1,  # column of the labels
         label_delim: str | None = None,              # between several labels in a column
-        y_block: Any = None,                         # what the labels are; classes if not given
+        y_block: Any = None,                         # what the labels are; classes if not given, several with `label_delim` or several columns
         valid_col: int | str | None = None,          # column that says which rows are for validation, in place of a random split
         item_tfms: Any = None,                       # transforms of an image, in a worker
         batch_tfms: Any = None,                      # transforms of a batch, on the device
@@ -200,7 +200,7 @@ class ImageDataLoaders(DataLoaders):
     ) -> ImageDataLoaders:                           # training and validation
         "Images and labels of a table"
         several = len(as_list(label_col)) > 1 or label_delim is not None
-        block = _target_block(y_block, several, f'label_delim={label_delim!r}' if label_delim is not None else f'label_col={label_col!r}')
+        block = _target_block(y_block, several)
         splitter = _splitter(valid_pct, seed) if valid_col is None else _column_splitter(valid_col)
         get_x = ColReader(fn_col, pref=Path(path) if folder is None else Path(path)/folder, suff=suff)
         return cls._made(path, df, img_cls, block, splitter, item_tfms, batch_tfms, dict(kwargs, seed=seed), get_x=get_x, get_y=ColReader(label_col, label_delim=label_delim))
