@@ -6,10 +6,11 @@
 from __future__ import annotations
 import functools
 import inspect
+import math
 import random
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,8 +45,10 @@ def accepted_types(
     try: hints = typing.get_type_hints(func)
     except NameError as error: raise NameError(f'an annotation of {function_name(func)} cannot be resolved: {error}') from error
     hint = hints.get(names[0], object) if names else object
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else as_list(hint)
-    accepted = tuple(object if o is Any else typing.get_origin(o) or (o if isinstance(o, type) else object) for o in parts)
+    united = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    parts = typing.get_args(hint) if united else hint if isinstance(hint, (tuple, list)) else [hint]
+    classes = [typing.get_origin(o) or o for o in parts]
+    accepted = tuple(o if isinstance(o, type) and o is not Any else object for o in classes)
     returned = hints.get('return')
     return accepted, returned if isinstance(returned, type) and hasattr(returned, 'cast') else None
 
@@ -54,12 +57,25 @@ def find_handler(
     kind: type,                # type of the value
 ) -> tuple[Callable, type | None] | None: # the function and its return type; `None` if none of them accepts `kind`
     "The function whose annotation is nearest to `kind`"
-    found, nearest = None, len(kind.__mro__)
+    found, nearest = None, float(len(kind.__mro__))
     for func in functions:
         accepted, returned = accepted_types(func)
-        ranks = [kind.__mro__.index(o) for o in accepted if o in kind.__mro__]
-        if ranks and min(ranks) <= nearest: found, nearest = (func, returned), min(ranks)
+        rank = min((_distance(kind, o) for o in accepted), default=math.inf)
+        if rank <= nearest: found, nearest = (func, returned), rank
     return found
+
+def _distance(kind: type, accepted: type) -> float:
+    "How far up from `kind` a class is; abstract ones that say that they have it among them (`os.PathLike`, `Sequence`) come just before `object`"
+    if accepted in kind.__mro__: return kind.__mro__.index(accepted)
+    try: return len(kind.__mro__) - 1.5 if issubclass(kind, accepted) else math.inf
+    except TypeError: return math.inf # a protocol that cannot be asked
+
+def _tuple_like(like: tuple, values: Iterable[Any]) -> Any:
+    "A tuple of the class of `like`, whatever the constructor of that class takes"
+    if type(like) is tuple: return tuple(values)
+    made = tuple.__new__(type(like), values)
+    if hasattr(like, '__dict__'): made.__dict__.update(like.__dict__)
+    return made
 
 # %% ../../../nbs/10_data/04_transform.ipynb #a4b5ce57
 def _keep_type(
