@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from fastcore.basics import fastuple
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -87,3 +88,102 @@ def test_abstract_annotation_is_before_object_and_after_a_class():
         def encodes(self, x: str): return 'str'
         def encodes(self, x: Sequence): return 'sequence'
     assert [Kinds()(o) for o in ('a', [1], 1)] == ['str', 'sequence', 'object']
+
+
+# Tuples of a class of one's own: the Siamese tutorial of fastai
+
+class ImageTuple(fastuple):
+    "Two pictures"
+    shown = []
+
+    @classmethod
+    def create(cls, names: Sequence[Path]) -> 'ImageTuple': return cls(tuple(PILImage.create(o) for o in names))
+
+    def show(self, ctx: Any = None, **kwargs: Any) -> Any:
+        self.shown.append([type(o) for o in self])
+        return show_image(torch.cat([o.as_subclass(torch.Tensor) for o in self], dim=2), ctx=ctx)
+
+
+class Siamese(torch.nn.Module):
+    "Do two pictures have the same mean?"
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(6, 2)
+
+    def forward(self, x: tuple) -> torch.Tensor:
+        assert x[0].dtype == torch.float32 and x[0].max() <= 1
+        return self.head(torch.cat([o.mean((2, 3)) for o in x], dim=1))
+
+
+def same_folder(pair: Sequence[Path]) -> str: return 'same' if pair[0].parent == pair[1].parent else 'other'
+
+
+def test_siamese_tutorial(files):
+    block = DataBlock((TransformBlock(type_tfms=ImageTuple.create, batch_tfms=IntToFloatTensor), CategoryBlock), get_y=same_folder,
+                      splitter=IndexSplitter([2, 3]), item_tfms=[Resize(6), ToTensor])
+    dls = block.dataloaders([[files[0], files[k % 4]] for k in range(8)], bs=4, num_workers=0, device='cpu')
+    x, y = dls.one_batch()
+    assert type(x) is ImageTuple and x[0].shape == (4, 3, 6, 6) and type(x[0]) is torch.Tensor and x[0].dtype == torch.float32
+    ImageTuple.shown.clear()
+    dls.show_batch(max_n=2)
+    assert ImageTuple.shown == [[TensorImage, TensorImage]] * 2
+    Learner(dls, Siamese(), loss_func=CrossEntropyLossFlat()).fit(1)
+
+
+class SiameseImage(fastuple):
+    "Two pictures, and whether they are of one kind"
+    def show(self, ctx: Any = None, **kwargs: Any) -> Any: return print(bool(self[2]))
+
+
+class Pairs(Transform):
+    "A picture with another one"
+    def __init__(self, names: list[Path]): self.names = names
+    def encodes(self, name: Path): return SiameseImage(PILImage.create(name), PILImage.create(self.names[0]), int(name.parent == self.names[0].parent))
+
+
+def test_sample_of_a_class_of_its_own(files, capsys):
+    dls = TfmdLists(files, Pairs(files), splits=[[0, 1], [2, 3]]).dataloaders(bs=2, num_workers=0, device='cpu', after_item=[Resize(6), ToTensor], after_batch=[IntToFloatTensor])
+    batch = dls.valid.one_batch()
+    assert type(batch) is SiameseImage and batch[1].dtype == torch.float32 and batch[2].tolist() == [1, 0]
+    dls.valid.show_batch()
+    assert capsys.readouterr().out.split() == ['True', 'False']
+
+
+def test_a_class_may_ask_for_its_tuples():
+    class Takes(Transform):
+        def encodes(self, x: ImageTuple): return 'both'
+    assert Takes()(ImageTuple((1, 2))) == 'both' and Pipeline([Takes()])((ImageTuple((1, 2)), 1)) == ('both', 1)
+
+
+# What changes after it was built
+
+def test_types_taught_later_are_seen():
+    class Base(Transform):
+        def encodes(self, x: float): return 'float'
+    class Child(Base): pass
+    class Grandchild(Child):
+        def encodes(self, x: str): return 'own str'
+    made = Base(), Child(), Grandchild()
+    pipe = Pipeline([Grandchild()])
+    assert [f(1) for f in made] == [1, 1, 1] and pipe(1) == pipe((1,))[0] == 1
+    @Base
+    def encodes(self, x: int): return 'int'
+    @Base
+    def encodes(self, x: str): return 'str'
+    assert [f(1) for f in made] == ['int'] * 3 and pipe(1) == 'int' and pipe((1,)) == ('int',)
+    assert [f('a') for f in made] == ['str', 'str', 'own str']
+
+
+def test_changes_of_a_pipeline_are_seen():
+    add, double = Transform(lambda x: x + 1), Transform(lambda x: x * 2)
+    pipe = Pipeline([add, double], split_idx=1)
+    assert pipe(1) == 4
+    double.split_idx = 0
+    assert pipe(1) == 2
+    pipe.fs.pop()
+    assert pipe(1) == 2
+    pipe.fs[0] = lambda x: x + 10
+    assert pipe(1) == 11 and isinstance(pipe.fs[0], Transform)
+    pipe.add(double)
+    double.split_idx = 1
+    assert pipe(1) == 22
