@@ -187,3 +187,140 @@ def test_changes_of_a_pipeline_are_seen():
     pipe.add(double)
     double.split_idx = 1
     assert pipe(1) == 22
+
+
+# Types after `before_batch`
+
+def swapped(samples: list) -> list: return [(y, x) for x, y in samples]
+
+
+def test_before_batch_may_swap_fields():
+    y, x = DataLoader([(picture(), TensorCategory(1))] * 4, before_batch=[swapped], **LOADER).one_batch()
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+
+
+# Transforms of blocks
+
+def names(fs: list) -> list[str]: return [type(getattr(f, 'tfm', None) or f.enc or f).__name__ if f.enc is None else f.enc.__name__ for f in fs]
+
+
+def test_new_does_not_repeat_the_transforms_of_blocks():
+    def once(x): return x
+    def own(x): return x
+    block = DataBlock(TransformBlock(item_tfms=[once], batch_tfms=[once]), item_tfms=own)
+    assert names(block.new().item_tfms) == ['once', 'own'] and names(block.new(item_tfms=[]).item_tfms) == ['once']
+    assert names(block.new(batch_tfms=own).new().batch_tfms) == ['once', 'own']
+
+
+def test_only_transforms_of_one_kind_replace_each_other():
+    v2 = pytest.importorskip('torchvision.transforms.v2')
+    block = TransformBlock(item_tfms=[v2.Resize(4), v2.ToImage()])
+    assert names(DataBlock(block).item_tfms) == ['Resize', 'ToImage']
+    assert names(DataBlock(block, item_tfms=v2.ColorJitter()).item_tfms) == ['Resize', 'ToImage', 'ColorJitter']
+    assert names(DataBlock(block, item_tfms=v2.Resize(8)).item_tfms) == ['ToImage', 'Resize']
+    assert names(DataBlock((block, block)).item_tfms) == ['Resize', 'ToImage']
+    def f(x): return x
+    def g(x): return x
+    assert names(DataBlock(TransformBlock(item_tfms=[train_only(f), train_only(g)])).item_tfms) == ['f', 'g']
+    assert names(DataBlock((ImageBlock, ImageBlock)).batch_tfms) == names(DataBlock(ImageBlock).batch_tfms)
+
+
+class Learns(Transform):
+    "Keeps all that it is given, and learns something"
+    def __init__(self, *columns: str, **options: int): self.columns, self.options, self.learned = columns, options, None
+    def setups(self, items): self.learned = len(items)
+
+
+def test_transforms_that_learn_are_made_anew_as_they_were():
+    given = Learns('a', 'b', scale=2)
+    given.later = 'set after it was made'
+    assert given.init_args == {'columns': ('a', 'b'), 'scale': 2}
+    made = DataBlock(TransformBlock(type_tfms=given)).datasets(list(range(5))).fields[0][0]
+    assert (made.columns, made.options, made.learned, made.later) == (('a', 'b'), {'scale': 2}, 4, 'set after it was made')
+    assert given.learned is None
+
+
+# New items
+
+def test_test_items_of_tfmd_lists(files):
+    dls = TfmdLists(files, [PILImage.create], splits=[[0, 1], [2, 3]]).dataloaders(**LOADER)
+    batch = dls.test_dl(files[:2]).one_batch()
+    assert batch.shape == (2, 3, 8, 8) and batch.dtype == torch.float32
+    assert type(dls.valid_ds.test_set(files)) is TfmdLists and len(dls.valid_ds.test_set(files)) == 4 and len(dls.valid_ds) == 2
+
+
+@pytest.fixture
+def table(files):
+    "The files with their labels"
+    return pytest.importorskip('pandas').DataFrame({'name': [str(o) for o in files], 'label': ['cat', 'dog'] * 2, 'number': [.5, 1, 2, 3], 'count': [1, 2, 1, 2]})
+
+
+def test_new_items_of_all_sorts(files):
+    dls = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label, splitter=IndexSplitter([2, 3])).dataloaders(files, bs=2, num_workers=0, device='cpu')
+    for items, n in ((files[0], 1), (str(files[0]), 1), ((o for o in files), 4), (PILImage.create(files[0]), 1), (iter(files), 4)):
+        assert len(dls.test_dl(items).one_batch()[0]) == min(n, 2)
+    with pytest.raises(ValueError, match='is a folder.*get_image_files'): dls.test_dl(files[0].parent)
+    with pytest.raises(ValueError, match='is a folder'): dls.test_dl(str(files[0].parent))
+
+
+def test_new_items_of_tables(files, table):
+    dls = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('name'), get_y=ColReader('label'), splitter=IndexSplitter([2, 3])).dataloaders(table, bs=2, num_workers=0, device='cpu')
+    assert len(dls.test_dl(table.iloc[[0]], with_labels=True).one_batch()) == 2 and len(dls.test_dl(files).one_batch()) == 1
+    with pytest.raises(ValueError, match='one row'): dls.test_dl(table.iloc[0])
+    with pytest.raises(ValueError, match='labels are in rows'): dls.test_dl(files, with_labels=True)
+
+
+# Columns
+
+def test_columns_are_read_at_once(table, monkeypatch):
+    from lamella.data import datasets
+    monkeypatch.setattr(datasets, 'item_getter', lambda items: pytest.fail('rows one by one'))
+    vocab = lambda getter, *more: list(Datasets(table, [[getter, *more, Categorize]]).vocab)
+    assert vocab(ColReader('label')) == ['cat', 'dog'] and vocab(ItemGetter('count')) == [1, 2]
+    assert vocab(ColReader('label', pref='a-')) == ['a-cat', 'a-dog'] and vocab(ColReader(['label', 'count']), str) == ["['cat', 1]", "['dog', 2]"]
+
+
+def test_vocabulary_of_hugging_face_decodes_no_picture(files):
+    datasets = pytest.importorskip('datasets')
+    made = datasets.Dataset.from_dict({'image': [str(o) for o in files[:3]] + ['nowhere.png'], 'label': ['cat', 'dog', 'cat', 'dog']}).cast_column('image', datasets.Image())
+    dsets = DataBlock((TransformBlock, CategoryBlock), get_x=ItemGetter('image'), get_y=ItemGetter('label'), splitter=IndexSplitter([0])).datasets(made)
+    assert list(dsets.vocab) == ['cat', 'dog']
+
+
+def test_a_missing_column_is_named(table):
+    with pytest.raises(Exception, match='lable'): DataBlock((TransformBlock, CategoryBlock), get_y=ColReader('lable')).datasets(table)
+
+
+# Errors
+
+def batch_of(samples: list, **kwargs: Any) -> Any: return DataLoader(samples, bs=len(samples), num_workers=0, **kwargs).one_batch()
+
+
+def test_what_does_not_fit_into_a_batch():
+    with pytest.raises(DataError, match='(?s)different shapes.*Resize'): batch_of([(torch.zeros(3, 4, 4), 1), (torch.zeros(3, 5, 4), 2)])
+    with pytest.raises(DataError, match='(?s)different shapes.*before_batch'): batch_of([(torch.zeros(3), 1), (torch.zeros(4), 2)])
+    with pytest.raises(DataError, match='(?s)sample 0 gave Picture.*ToTensor|PILImage.*ToTensor'): batch_of([(picture(), 1), (picture(), 2)])
+    with pytest.raises(DataError, match='2 values, sample 1 gave 1'): batch_of([(1, 2), (1,)])
+    with pytest.raises(DataError, match='default_collate.*object') as caught: batch_of([(torch.zeros(2), object()), (torch.zeros(2), object())])
+    assert 'shapes' not in str(caught.value) and isinstance(caught.value.__cause__, TypeError)
+
+
+class Faulty(torch.utils.data.Dataset):
+    "A plain dataset whose item 3 raises"
+    def __init__(self, kind: type): self.kind = kind
+    def __len__(self) -> int: return 4
+    def __getitem__(self, i: int) -> int: return i if i < 3 else self.fail()
+    def fail(self): raise self.kind('broken')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('kind', [KeyError, ValueError, StopIteration])
+def test_errors_of_plain_datasets_name_the_item(kind: type, workers: int):
+    with pytest.raises(DataError, match=f'sample 3.*\n.*{kind.__name__}.*broken'): list(DataLoader(Faulty(kind), bs=2, num_workers=workers))
+
+
+def test_an_error_of_before_batch_is_the_same_with_workers():
+    class Local(Transform):
+        def encodes(self, x): raise KeyError('before')
+    for workers in (0, 1):
+        with pytest.raises(KeyError, match='before'): list(DataLoader([1, 2], bs=2, num_workers=workers, before_batch=[Local()]))
