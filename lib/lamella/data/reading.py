@@ -80,7 +80,7 @@ class BatchReader:
         try:
             sample = self.dataset[i]
             return self.after_item(sample) if len(self.after_item) else sample
-        except DataError: raise
+        except (DataError, MemoryError): raise
         except Exception as error: raise data_error(self.name(i), error) from error
 
     def seed(self,
