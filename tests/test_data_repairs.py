@@ -299,7 +299,7 @@ def batch_of(samples: list, **kwargs: Any) -> Any: return DataLoader(samples, bs
 def test_what_does_not_fit_into_a_batch():
     with pytest.raises(DataError, match='(?s)different shapes.*Resize'): batch_of([(torch.zeros(3, 4, 4), 1), (torch.zeros(3, 5, 4), 2)])
     with pytest.raises(DataError, match='(?s)different shapes.*before_batch'): batch_of([(torch.zeros(3), 1), (torch.zeros(4), 2)])
-    with pytest.raises(DataError, match='(?s)sample 0 gave Picture.*ToTensor|PILImage.*ToTensor'): batch_of([(picture(), 1), (picture(), 2)])
+    with pytest.raises(DataError, match='sample 0 gave PILImage.*ToTensor'): batch_of([(picture(), 1), (picture(), 2)])
     with pytest.raises(DataError, match='2 values, sample 1 gave 1'): batch_of([(1, 2), (1,)])
     with pytest.raises(DataError, match='default_collate.*object') as caught: batch_of([(torch.zeros(2), object()), (torch.zeros(2), object())])
     assert 'shapes' not in str(caught.value) and isinstance(caught.value.__cause__, TypeError)
