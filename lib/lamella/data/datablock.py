@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/10_data/22_datablock.ipynb #ac3e14cb
 from __future__ import annotations
+import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from .loaders import DataLoaders
 from .making import loader_keywords
 from .splitters import RandomSplitter, Splitter, as_indices
 from .pipeline import Pipeline, as_transform, describe_value
+from .third_party import ThirdParty
 from .transform import Transform
 
 # %% auto #0
@@ -46,8 +48,9 @@ class DataBlock:
         self.n_inp = n_inp if n_inp is not None else max(1, len(self.blocks) - 1)
         self.get_items, self.splitter = get_items, splitter or RandomSplitter()
         self.getters = self._all_getters(getters, as_list(get_x), as_list(get_y))
-        self.item_tfms = _merge([o for b in self.blocks for o in b.item_tfms], item_tfms)
-        self.batch_tfms = _merge([o for b in self.blocks for o in b.batch_tfms], batch_tfms)
+        self._own_tfms = item_tfms, batch_tfms
+        self.item_tfms = _merge([o.item_tfms for o in self.blocks], item_tfms)
+        self.batch_tfms = _merge([o.batch_tfms for o in self.blocks], batch_tfms)
         self.dl_type = dl_type or next((b.dl_type for b in self.blocks if b.dl_type), None)
         self.dls_kwargs = {k: v for b in self.blocks for k, v in b.dls_kwargs.items()}
 
@@ -67,9 +70,10 @@ class DataBlock:
         item_tfms: Any = None,  # in place of those of this DataBlock
         batch_tfms: Any = None, # in place of those of this DataBlock
     ) -> DataBlock:             # a new one
-        "The same with other transforms"
+        "The same with other transforms in place of the user's; those of the blocks stay"
+        own_item, own_batch = self._own_tfms
         return DataBlock(blocks=self.blocks, dl_type=self.dl_type, getters=self.getters, n_inp=self.n_inp, get_items=self.get_items, splitter=self.splitter,
-            item_tfms=self.item_tfms if item_tfms is None else item_tfms, batch_tfms=self.batch_tfms if batch_tfms is None else batch_tfms)
+            item_tfms=own_item if item_tfms is None else item_tfms, batch_tfms=own_batch if batch_tfms is None else batch_tfms)
 
     # ---- from a source
 
@@ -170,14 +174,20 @@ def _as_block(block: Any) -> TransformBlock:
     if isinstance(made, TransformBlock): return made
     raise TypeError(f'a block is a TransformBlock, or a function without arguments that makes one (such as ImageBlock or CategoryBlock), not {made!r}')
 
-def _merge(defaults: list, given: Any) -> list[Transform]:
-    "The default transforms of the blocks and those of the user; one of the user's takes the place of a default of its class"
+def _merge(blocks: list[list], given: Any) -> list[Transform]:
+    "The transforms of the blocks and those of the user; one of the user's, or of an earlier block, takes the place of one of its kind"
     given = [as_transform(o) for o in as_list(given)]
-    kinds = {type(o) for o in given} - {Transform}
-    kept: list[Transform] = []
-    for f in map(as_transform, defaults):
-        if type(f) not in kinds and type(f) not in {type(o) for o in kept} - {Transform}: kept.append(f)
+    kinds, kept = {_kind(o) for o in given}, []
+    for block in blocks:
+        found = [f for f in map(as_transform, block) if _kind(f) is None or _kind(f) not in kinds]
+        kinds.update(map(_kind, found))
+        kept += found
     return kept + given
+
+def _kind(f: Transform) -> Any:
+    "What tells two transforms that do the same from others: the class, of another library's its own; nothing tells functions apart"
+    if isinstance(f, ThirdParty): return tuple(type(o) for o in f.parts)
+    return None if f.enc is not None or f.dec is not None else type(f)
 
 class _Getter(Transform):
     "`get_x` or `get_y`: from the item of the source to what a block opens"
@@ -193,9 +203,9 @@ class _Getter(Transform):
     def spec_args(self) -> dict[str, Any]: return {'func': self.func}
 
 def _fresh(f: Any) -> Transform:
-    "A transform that learns a state, made anew with its arguments"
+    "A transform that learns a state, as it was before it learned: the one of the block never does, its copies do"
     f = as_transform(f)
-    return type(f)(**f.init_args) if f._verbs['setups'] else f
+    return copy.deepcopy(f) if f._verbs['setups'] else f
 
 def _checked_splits(splits: Sequence, n: int, splitter: Any) -> list[np.ndarray]:
     "Splits that have training items, and no index that does not exist"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from fastcore.foundation import is_indexer, mask2idxs
 
 from ..base.packed import Chosen, PackedL, as_texts, packed
+from .labels import ColReader, ItemGetter
 from .loader import DataLoader
 from .making import MakesLoaders
 from .pipeline import DataError, Pipeline, data_error, describe_value
@@ -51,6 +52,20 @@ def item_name(
     except Exception: return f'item {i}'
     return f'item {i} ({item})' if isinstance(item, (str, os.PathLike)) else f'item {i} ({describe_value(item)})'
 
+def _narrow_rows(items: Any, numbers: list[int], tfms: list[Transform]) -> Iterator[dict] | None:
+    "Rows with the columns only that the first step says it reads: rows of pandas are slow to make, those of Hugging Face decode pictures"
+    reader = next((getattr(f, 'func', None) or f.enc for f in tfms[:1]), None)
+    names = reader.cols if isinstance(reader, ColReader) else [reader.i] if isinstance(reader, ItemGetter) else []
+    columns = [_column(items, o, numbers) for o in names]
+    return None if not columns or any(o is None for o in columns) else (dict(zip(names, row)) for row in zip(*columns))
+
+def _column(items: Any, name: Any, numbers: list[int]) -> Any:
+    "Some values of one column of a table, at once; `None` if there is no such way"
+    if not isinstance(name, str) or name not in (items.columns if hasattr(items, 'iloc') else getattr(items, 'column_names', ())): return None
+    if hasattr(items, 'iloc'): return items[name].iloc[numbers] if items.columns.is_unique else None
+    plain = hasattr(items, 'select_columns') and getattr(items, 'format', {}).get('type', '') is None
+    return items.select_columns([name])[numbers][name] if plain else None
+
 class _FieldValues:
     "What the first transforms of a field make of the training items, computed when asked for"
     def __init__(self, items: Any, index: np.ndarray, tfms: list[Transform]):
@@ -78,7 +93,7 @@ class _FieldValues:
 
     def _items(self, numbers: list[int]) -> Iterable[Any]:
         "The items; strings where they are packed paths and the first step takes strings, too"
-        if not isinstance(self.items, PackedL): return map(item_getter(self.items), numbers)
+        if not isinstance(self.items, PackedL): return _narrow_rows(self.items, numbers, self.tfms) or map(item_getter(self.items), numbers)
         chosen = self.items[numbers]
         return as_texts(chosen) if self.tfms and getattr(getattr(self.tfms[0], 'func', None), 'takes_text', False) else chosen
 
@@ -181,14 +196,23 @@ class Datasets(MakesLoaders):
         with_labels: bool = False, # make the targets too, from the items
     ) -> Datasets:                 # treated as the validation set is
         "New items through the same pipelines"
+        items = self._new_items(items, with_labels)
         fields = [self._for_new_items(o, items) for o in (self.fields if with_labels else self.fields[:self.n_inp])]
         return Datasets(items, fields, [[], np.arange(len(items))], self.n_inp, do_setup=False, split_idx=1)
 
+    def _new_items(self, items: Any, with_labels: bool) -> Any:
+        "New items as a list or table of the source's kind; an error if they cannot be that"
+        items = _several(items, _is_table(self.source))
+        if with_labels and _is_table(self.source) and len(items) and not self._same_kind(items): raise ValueError(
+            f'with_labels=True: the labels are in rows of a table, and {describe_value(get_item(items, 0))} is none. Give rows of a table with the columns of the source')
+        return items
+
+    def _same_kind(self, items: Any) -> bool: return not len(items) or not len(self.source) or _kind(get_item(items, 0)) == _kind(get_item(self.source, 0))
+
     def _for_new_items(self, field: Pipeline, items: Any) -> Pipeline:
         "Leave out the getter (`get_x`) where the new items are already what it would get"
-        same = not len(items) or not len(self.source) or _kind(get_item(items, 0)) == _kind(get_item(self.source, 0))
         getters = [f for f in field.fs if getattr(f, 'is_getter', False)]
-        return field if same or not getters else Pipeline([f for f in field.fs if f not in getters])
+        return field if not getters or self._same_kind(items) else Pipeline([f for f in field.fs if f not in getters])
 
     def decode(self,
         sample: tuple, # one value a field
@@ -223,6 +247,15 @@ class Datasets(MakesLoaders):
     def c(self) -> int | None: # `None` if no transform knows
         "How many outputs the model needs"
         return self.find('c')
+
+def _is_table(items: Any) -> bool: return hasattr(items, 'columns') or hasattr(items, 'column_names')
+
+def _several(items: Any, of_table: bool) -> Any:
+    "New items that can be counted; an error for a folder or for a row, which are one thing"
+    if isinstance(items, (str, os.PathLike)) and os.path.isdir(items): raise ValueError(f"'{items}' is a folder: give a list of its files, such as get_image_files('{items}')")
+    if isinstance(items, Mapping) or of_table and hasattr(items, 'iloc') and not hasattr(items, 'columns'): raise ValueError('this is one row: give a table or a list of rows, such as df.iloc[[0]]')
+    if isinstance(items, (str, os.PathLike)) or not hasattr(items, '__iter__') and not hasattr(items, '__getitem__'): return [items]
+    return items if hasattr(items, '__getitem__') and hasattr(items, '__len__') else list(items)
 
 def _kind(item: Any) -> type:
     "Paths and strings are of one kind: both name a file"

@@ -14,6 +14,7 @@ from ..base.nested import map_nested, to_device
 from .datasets import get_item
 from .pipeline import Pipeline, data_error, describe_value
 from .reading import collate
+from .showing import types_of, with_types
 from .types import TensorBase, plain
 
 # %% auto #0
@@ -50,7 +51,8 @@ class InferencePipeline:
         if fields is None: return cls([None], [], getattr(dl, 'after_item', None), getattr(dl, 'after_batch', None))
         kind = kind_of(get_item(dataset.source, 0)) if len(dataset.source) else None
         n = dataset.n_inp
-        types = list((dl.output_types or dl.input_types or ())[n:])
+        kinds = dl.output_types or dl.input_types
+        types = list(kinds[n:]) if isinstance(kinds, tuple) else []
         return cls(fields[:n], fields[n:], dl.after_item, dl.after_batch, kind, types)
 
     def sample(self,
@@ -66,10 +68,8 @@ class InferencePipeline:
         device: torch.device | str | None,    # where the model is
     ) -> tuple:                               # plain tensors
         "Samples as a batch, with the batch transforms"
-        types = [type(o) if isinstance(o, TensorBase) else None for o in samples[0]]
         fields = to_device(collate(list(samples)), device)
-        typed = tuple([o if kind is None else kind.cast(o) for o, kind in zip(fields, types)])
-        return map_nested(plain, self.batch_tfms(typed))
+        return map_nested(plain, self.batch_tfms(with_types(fields, types_of(samples[0]))))
 
     @property
     def vocab(self) -> Any: # `None` if there is none

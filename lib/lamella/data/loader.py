@@ -207,8 +207,8 @@ class DataLoader(Decoding):
         "The types of the fields are those of the first sample that can be read"
         reader, epoch = self._reader(), 0 if plan is None else plan.epoch
         with keep_random_states():
-            if self.is_stream: self.input_types = types_of(next(iter(reader.samples(self.seed, epoch))))
-            else: self.input_types = types_of(reader.first_sample(plan or self.plans(-1)[0]))
+            sample = next(iter(reader.samples(self.seed, epoch))) if self.is_stream else reader.first_sample(plan or self.plans(-1)[0])
+            self.input_types = types_of(reader.ready(sample))
 
     # ---- one batch
 

@@ -5,6 +5,7 @@
 # %% ../../../nbs/10_data/06_pipeline.ipynb #ff9826d7
 from __future__ import annotations
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,12 +34,14 @@ class _Run:
     "Neighbours that map each value for itself, as one: what they do with the types at hand is found out once, and done without asking again"
     def __init__(self, fs: list[Transform], later: Callable[[Any], list[Transform]]):
         self.fs, self.later = fs, later
+        self.version = type(Transform).version
         self.traces: dict[Any, list[tuple]] = {} # for the types of a sample: (number of the transform, place of the value, function, type it returns, cast)
 
-    def __getstate__(self) -> dict[str, Any]: return {'fs': self.fs, 'later': self.later, 'traces': {}}
+    def __getstate__(self) -> dict[str, Any]: return {'fs': self.fs, 'later': self.later, 'traces': {}, 'version': 0}
 
     def __call__(self, x: Any) -> Any:
         several = type(x) is tuple
+        if self.version != type(Transform).version: self.traces, self.version = {}, type(Transform).version
         trace = self.traces.get(tuple(map(type, x)) if several else type(x))
         if trace is None: return self._generic(x, [], tuple(map(type, x)) if several else type(x))
         values, n = list(x) if several else [x], 0
@@ -90,6 +93,8 @@ def _is_plain(f: Any) -> bool:
     same = all(getattr(type(f), name, None) is getattr(Transform, name) for name in ('__call__', '_apply', '_apply_one'))
     return same and not f.whole and f.split_idx is None and type(f).fuse is None
 
+_SETTINGS = operator.attrgetter('split_idx')
+
 class Pipeline:
     "Transforms in their order, as one"
     def __init__(self,
@@ -99,7 +104,6 @@ class Pipeline:
         funcs = funcs.fs if isinstance(funcs, Pipeline) else as_list(funcs)
         self.split_idx = split_idx
         self.fs: list[Transform] = []
-        self._steps: list[Any] = []
         self.add(funcs)
 
     def __len__(self) -> int: return len(self.fs)
@@ -116,16 +120,22 @@ class Pipeline:
         funcs: Iterable[Any] | Any, # transforms to add
     ) -> Pipeline:                  # itself
         "Add transforms, each at the place that its `order` says"
-        self.fs = sorted(self.fs + [as_transform(f) for f in as_list(funcs)], key=lambda f: f.order)
-        self._steps = []
+        self.fs = [*self.fs, *as_list(funcs)]
+        self._build()
+        return self
+
+    def _build(self) -> None:
+        "Group the transforms into steps, and remember what that was made of"
+        self.fs[:] = sorted(map(as_transform, self.fs), key=lambda f: f.order)
+        self._built, self._settings, self._steps = list(self.fs), list(map(_SETTINGS, self.fs)), []
         for (fuse, plain), run in itertools.groupby(self.fs, key=lambda f: (type(f).fuse, _is_plain(f))):
             self._steps += [_Run(list(run), self._later)] if plain else list(run) if fuse is None else [fuse(list(run))]
-        return self
 
     def __call__(self,
         x: Any, # a value, a sample or a batch
     ) -> Any:   # transformed by all
         "Encode `x`; an error says which transform failed, and on what"
+        if self._built != self.fs or self._settings != list(map(_SETTINGS, self.fs)): self._build()
         for f in self._steps:
             if type(f) is _Run:
                 x = f(x)

@@ -11,10 +11,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import default_collate
 
-from ..base.nested import map_nested
+from ..base.nested import leaves, map_nested
 from ..base.seeds import derive_seed, keep_random_states, seed_all
 from .failures import BadItem, bad_item, is_fault_of_item, nothing_left
 from .generators import find_generators, keep_generators, seed_generators
@@ -32,12 +34,17 @@ class Failure:
         error: Exception, # what was raised
     ):
         self.error, self.trace = error, ''.join(traceback.format_exception(error))
-        try: pickle.loads(pickle.dumps(error))
-        except Exception: self.error = RuntimeError(f'{type(error).__name__}: {error}')
+        if not _can_travel(error): error.__dict__.pop('failed_transform', None)
+        if not _can_travel(error): self.error = RuntimeError(f'{type(error).__name__}: {error}')
 
     def throw(self) -> None:
         "Raise the error, with its traceback in the worker as the cause"
         raise self.error from RuntimeError(f'in a worker process:\n{self.trace}')
+
+def _can_travel(error: Exception) -> bool:
+    "Can it be pickled, and made again of that?"
+    try: return pickle.loads(pickle.dumps(error)) is not None
+    except Exception: return False
 
 class ReadBatch(NamedTuple):
     "What a worker sends back"
@@ -70,8 +77,10 @@ class BatchReader:
     ) -> Any:            # the sample, with item transforms
         "Sample `i`, as random as (seed, epoch, index) says"
         self.seed(plan, i, *more)
-        sample = self.dataset[i]
-        try: return self.after_item(sample) if len(self.after_item) else sample
+        try:
+            sample = self.dataset[i]
+            return self.after_item(sample) if len(self.after_item) else sample
+        except (DataError, MemoryError): raise
         except Exception as error: raise data_error(self.name(i), error) from error
 
     def seed(self,
@@ -137,6 +146,14 @@ class BatchReader:
             for sample in self._tried(plan, k, bad): return sample
         raise nothing_left(bad, len(bad))
 
+    def ready(self,
+        sample: Any, # from `sample`
+    ) -> Any:        # as it is put into a batch
+        "A sample after `before_batch`; as it is, if that cannot be done with one sample alone"
+        if not len(self.before_batch): return sample
+        try: return self.before_batch([sample])[0]
+        except Exception: return sample # it is told when a whole batch fails
+
     def collated(self,
         samples: list,      # from `sample`
         indices: list[int], # of these samples
@@ -146,15 +163,24 @@ class BatchReader:
         except Exception as error: raise self._collate_error(samples, indices, error) from error
 
     def _collate_error(self, samples: list, indices: list[int], error: Exception) -> DataError:
-        "Name two samples that do not fit together"
-        fields = [o if isinstance(o, tuple) else (o,) for o in samples]
-        for k in range(len(fields[0])):
-            kinds = [describe_value(o[k]) for o in fields]
-            other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
-            if other is None: continue
-            return DataError(f'the samples of a batch have different shapes: {self.name(indices[0])} gave {kinds[0]}, {self.name(indices[other])} gave {kinds[other]}.\n'
-                             '  Images of different sizes need item_tfms=Resize(224) (or RandomResizedCrop, CropPad), so that they can be put into one batch.')
-        return DataError(f'a batch could not be made of samples like {describe_value(samples[0])}: {error}')
+        "Name two samples that do not fit together, if that is the reason"
+        values = [leaves(o) for o in samples]
+        picture = next((o for o in values[0] if isinstance(o, Image.Image)), None)
+        if picture is not None: return DataError(f'pictures have to be tensors before they are put into a batch, but {self.name(indices[0])} gave {describe_value(picture)}: item_tfms need ToTensor() at their end')
+        for i, other in enumerate(values):
+            if len(other) != len(values[0]): return DataError(f'the samples of a batch have different lengths: {self.name(indices[0])} gave {len(values[0])} values, {self.name(indices[i])} gave {len(other)}')
+            differs = next(((a, b) for a, b in zip(values[0], other) if _shape(a) != _shape(b)), None)
+            if differs: return DataError(f'the samples of a batch have different shapes: {self.name(indices[0])} gave {describe_value(differs[0])}, {self.name(indices[i])} gave {describe_value(differs[1])}.{_how_to_fit(differs[0])}')
+        return DataError(f'a batch could not be made of samples like {describe_value(samples[0])}: {type(error).__name__}: {error}')
+
+def _shape(x: Any) -> tuple | None:
+    "What has to be the same in all samples of a batch"
+    return (isinstance(x, torch.Tensor), tuple(x.shape)) if isinstance(x, (torch.Tensor, np.ndarray)) else None
+
+def _how_to_fit(x: Any) -> str:
+    "What to do about values of different shapes"
+    if getattr(x, 'ndim', 0) >= 3: return '\n  Images of different sizes need item_tfms=Resize(224) (or RandomResizedCrop, CropPad), so that they can be put into one batch.'
+    return '\n  Values of different lengths need a before_batch that pads them, or a collate_fn of their own.'
 
 class GuardedReader:
     "A reader in a worker process: errors are sent home, not raised"

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..base.nested import find_bs, map_nested, to_device
+from ..base.nested import find_bs, map_nested, to_concat, to_device
+from .transform import _tuple_like
 from .types import TensorBase
 
 # %% auto #0
@@ -16,28 +17,41 @@ __all__ = ['types_of', 'with_types', 'Decoding']
 
 # %% ../../../nbs/10_data/14_showing.ipynb #9db8c847
 def types_of(
-    sample: Any, # one value a field
-) -> tuple[type | None, ...]: # `None` for those that are no typed tensors
+    sample: Any, # one value a field, or a single value
+) -> Any:        # in the nesting of the sample, `None` for what is no typed tensor; `()` for a single value that is none
     "The type of each field"
-    fields = sample if isinstance(sample, tuple) else (sample,)
-    return tuple(type(o) if isinstance(o, TensorBase) else None for o in fields)
+    return _kinds(sample) or ()
+
+def _kinds(x: Any) -> Any:
+    if isinstance(x, tuple): return _tuple_like(x, [_kinds(o) for o in x])
+    if type(x) is list: return [_kinds(o) for o in x]
+    return type(x) if isinstance(x, TensorBase) else None
 
 def with_types(
-    batch: Any,                    # plain tensors
-    kinds: tuple[type | None, ...], # from `types_of`
-) -> Any:                          # the same, as these types
+    batch: Any, # plain tensors; what collates may have made lists of the tuples
+    kinds: Any, # from `types_of`
+) -> Any:       # the same, as these types, in tuples where the sample has tuples
     "View the fields of a batch as their types"
-    if not isinstance(batch, tuple): return batch
-    return tuple([o if kind is None or not isinstance(o, torch.Tensor) else kind.cast(o) for o, kind in zip(batch, kinds)]) + batch[len(kinds):]
+    typed = _as_kinds(batch, kinds)
+    return tuple(typed) if type(typed) is list else typed
+
+def _as_kinds(x: Any, kinds: Any) -> Any:
+    if isinstance(kinds, type) and isinstance(x, torch.Tensor): return kinds.cast(x) # type: ignore[attr-defined]
+    if not isinstance(kinds, (tuple, list)) or not isinstance(x, (tuple, list)): return x
+    values = [_as_kinds(o, kind) for o, kind in zip(x, kinds)] + list(x[len(kinds):])
+    return _tuple_like(kinds, values) if isinstance(kinds, tuple) else values
 
 def _element(field: Any, i: int) -> Any:
-    "Element `i` of a batched field, with the field's type"
-    value = map_nested(lambda o: o[i], field)
-    return type(field).cast(value) if isinstance(field, TensorBase) else value
+    "Element `i` of a batched field, with the types of the field"
+    return map_nested(lambda o: type(o).cast(o[i]) if isinstance(o, TensorBase) else o[i], field)
 
-def _show(sample: tuple, ctx: Any) -> Any:
+def _fields(sample: Any) -> Any:
+    "A sample that is a single value, or that shows itself, is its only field"
+    return sample if isinstance(sample, tuple) and not hasattr(sample, 'show') else (sample,)
+
+def _show(sample: Any, ctx: Any) -> Any:
     "Show each field of a sample on one context"
-    for value in sample:
+    for value in _fields(sample):
         if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
     return ctx
 
@@ -48,8 +62,8 @@ class Decoding:
     after_item: Any
     after_batch: Any
     epoch: int
-    input_types: tuple[type | None, ...] | None  # of the fields, before `after_batch`
-    output_types: tuple[type | None, ...] | None # and after it
+    input_types: Any  # of the fields, before `after_batch`; `None` until they are known
+    output_types: Any # and after it
 
     def typed(self,
         batch: tuple, # as the loader gives it
@@ -65,7 +79,7 @@ class Decoding:
         "The samples of a batch on their way back: denormalised, with their labels as names"
         typed = to_device(b, 'cpu', non_blocking=False)
         decoded = self.after_batch.decode(self.typed(typed))
-        samples = [tuple(_element(field, i) for field in decoded) for i in range(min(max_n, find_bs(b)))]
+        samples = [_element(decoded, i) for i in range(min(max_n, find_bs(b)))]
         return [self.decode_sample(o) for o in samples]
 
     def decode_sample(self,
@@ -85,11 +99,12 @@ class Decoding:
         "Show some samples of a batch"
         if b is None and unique: b = self._unique_batch(max_n)
         samples = self.decode_batch(self.one_batch() if b is None else b, max_n)
-        if ctxs is None and hasattr(samples[0][0], 'contexts'): ctxs = samples[0][0].contexts(len(samples), **kwargs)
+        first = _fields(samples[0])[0]
+        if ctxs is None and hasattr(first, 'contexts'): ctxs = first.contexts(len(samples), **kwargs)
         for sample, ctx in zip(samples, ctxs or [None] * len(samples)): _show(sample, ctx)
 
     def _unique_batch(self, n: int) -> tuple:
         "One sample `n` times, each with its own randomness"
         i, single = self.plans(self.epoch)[0].indices[0], []
         for k in range(n): single.append(self.make_batch([i], epoch=-1 - k))
-        return tuple(torch.cat(field) for field in zip(*single))
+        return to_concat([with_types(o, self.input_types) for o in single]) if isinstance(single[0], (tuple, list)) else torch.cat(single)

@@ -4,14 +4,17 @@
 
 # %% ../../../nbs/10_data/21_tfmdlists.ipynb #c6ed3283
 from __future__ import annotations
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from fastcore.foundation import L, is_indexer
 
 from .datasets import Datasets
 from .loader import DataLoader
 from .pipeline import Pipeline
+from .splitters import as_indices
 
 # %% auto #0
 __all__ = ['TfmdLists']
@@ -48,6 +51,18 @@ class TfmdLists(Datasets):
         "Value `i`"
         found = super().__getitem__(i)
         return L(found, use_list=True) if isinstance(i, slice) or not is_indexer(i) else found
+
+    def test_set(self,
+        items: Any,                # new items, of the kind of the source
+        with_labels: bool = False, # kept for callers of `Datasets`: what a sample is, the pipeline decides
+    ) -> TfmdLists:                # treated as the validation set is
+        "New items through the same pipeline"
+        made = copy.copy(self)
+        made.source = self._new_items(items, with_labels)
+        made.fields = [self._for_new_items(o, made.source) for o in self.fields]
+        made.splits = [as_indices([]), np.arange(len(made.source))]
+        made._choose(1)
+        return made
 
     def __call__(self, item: Any) -> Any: return self.tfms(item)
 

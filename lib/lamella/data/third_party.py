@@ -16,7 +16,7 @@ from PIL import Image
 from ..base.nested import as_list
 from ..base.registry import register, registered
 from ..base.seeds import get_random_states, set_random_states
-from .transform import RandTransform, Transform
+from .transform import RandTransform, Transform, _tuple_like
 from .types import TensorBase, plain
 
 # %% auto #0
@@ -44,7 +44,7 @@ def _leaves(x: Any) -> Iterator[Any]:
 
 def _nested(x: Any, leaves: Iterator[Any]) -> Any:
     "`leaves` in the nesting of `x`"
-    return tuple([_nested(o, leaves) for o in x]) if isinstance(x, tuple) else next(leaves)
+    return _tuple_like(x, [_nested(o, leaves) for o in x]) if isinstance(x, tuple) else next(leaves)
 
 # %% ../../../nbs/10_data/05_third_party.ipynb #b6c9776b
 def _size_of(x: Any) -> tuple[int, int]:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 import functools
 import inspect
+import math
 import random
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,8 +45,10 @@ def accepted_types(
     try: hints = typing.get_type_hints(func)
     except NameError as error: raise NameError(f'an annotation of {function_name(func)} cannot be resolved: {error}') from error
     hint = hints.get(names[0], object) if names else object
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else as_list(hint)
-    accepted = tuple(object if o is Any else typing.get_origin(o) or (o if isinstance(o, type) else object) for o in parts)
+    united = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    parts = typing.get_args(hint) if united else hint if isinstance(hint, (tuple, list)) else [hint]
+    classes = [typing.get_origin(o) or o for o in parts]
+    accepted = tuple(o if isinstance(o, type) and o is not Any else object for o in classes)
     returned = hints.get('return')
     return accepted, returned if isinstance(returned, type) and hasattr(returned, 'cast') else None
 
@@ -54,12 +57,25 @@ def find_handler(
     kind: type,                # type of the value
 ) -> tuple[Callable, type | None] | None: # the function and its return type; `None` if none of them accepts `kind`
     "The function whose annotation is nearest to `kind`"
-    found, nearest = None, len(kind.__mro__)
+    found, nearest = None, float(len(kind.__mro__))
     for func in functions:
         accepted, returned = accepted_types(func)
-        ranks = [kind.__mro__.index(o) for o in accepted if o in kind.__mro__]
-        if ranks and min(ranks) <= nearest: found, nearest = (func, returned), min(ranks)
+        rank = min((_distance(kind, o) for o in accepted), default=math.inf)
+        if rank <= nearest: found, nearest = (func, returned), rank
     return found
+
+def _distance(kind: type, accepted: type) -> float:
+    "How far up from `kind` a class is; abstract ones that say that they have it among them (`os.PathLike`, `Sequence`) come just before `object`"
+    if accepted in kind.__mro__: return kind.__mro__.index(accepted)
+    try: return len(kind.__mro__) - 1.5 if issubclass(kind, accepted) else math.inf
+    except TypeError: return math.inf # a protocol that cannot be asked
+
+def _tuple_like(like: tuple, values: Iterable[Any]) -> Any:
+    "A tuple of the class of `like`, whatever the constructor of that class takes"
+    if type(like) is tuple: return tuple(values)
+    made = tuple.__new__(type(like), values)
+    if hasattr(like, '__dict__'): made.__dict__.update(like.__dict__)
+    return made
 
 # %% ../../../nbs/10_data/04_transform.ipynb #a4b5ce57
 def _keep_type(
@@ -75,22 +91,28 @@ def _keep_type(
 
 class _TransformMeta(type):
     "Collects the verbs of a class, and remembers how each transform was made"
+    version = 0 # how often a class was taught another type: what was found out before does not hold any more
+
     @classmethod
     def __prepare__(cls, name: str, bases: tuple, **kwargs: Any) -> _Definitions: return _Definitions()
 
     def __new__(cls, name: str, bases: tuple, namespace: _Definitions, **kwargs: Any) -> _TransformMeta:
         made = super().__new__(cls, name, bases, dict(namespace), **kwargs)
-        inherited = {verb: [f for base in reversed(bases) for f in getattr(base, '_verbs', {}).get(verb, [])] for verb in _VERBS}
-        own = getattr(namespace, 'verbs', None) or {verb: as_list(namespace.get(verb)) for verb in _VERBS} # a class made by `type(name, bases, dict)`
-        made._verbs = {verb: inherited[verb] + own[verb] for verb in _VERBS}
+        made._own_verbs = getattr(namespace, 'verbs', None) or {verb: as_list(namespace.get(verb)) for verb in _VERBS} # a class made by `type(name, bases, dict)`
+        made._inherit()
         return made
+
+    def _inherit(cls) -> None:
+        "What is inherited first: of two functions with the same annotation, the later one is taken"
+        cls._verbs = {verb: [f for base in reversed(cls.__bases__) for f in getattr(base, '_verbs', {}).get(verb, [])] + cls._own_verbs[verb] for verb in _VERBS}
+        for kind in cls.__subclasses__(): kind._inherit()
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and getattr(args[0], '__name__', None) in _VERBS: return cls._add_verb(args[0])
         try: made = super().__call__(*args, **kwargs)
         except TypeError as error: raise cls._with_right_name(error, kwargs)
         arguments = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
-        made.init_args = {k: v for k, v in arguments.items() if k not in ('self', 'kwargs')} | arguments.get('kwargs', {})
+        made.init_args = _flat(arguments, inspect.signature(cls.__init__).parameters)
         return made
 
     @property
@@ -105,8 +127,15 @@ class _TransformMeta(type):
 
     def _add_verb(cls, func: Callable) -> Callable:
         "`@Normalize` above a function `encodes` teaches the transform another type"
-        for kind in [cls, *cls.__subclasses__()]: kind._verbs[func.__name__].append(func)
+        cls._own_verbs[func.__name__].append(func)
+        cls._inherit()
+        _TransformMeta.version += 1
         return func
+
+def _flat(arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    "Arguments by their names; those of `**kwargs`, whatever it is called, beside the others"
+    more = next((k for k, o in parameters.items() if o.kind is o.VAR_KEYWORD), None)
+    return {k: v for k, v in list(arguments.items())[1:] if k != more} | dict(arguments.get(more, {}))
 
 @register
 class Transform(metaclass=_TransformMeta):
@@ -122,8 +151,10 @@ class Transform(metaclass=_TransformMeta):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Transform:
         made = super().__new__(cls)
-        made._handlers = {verb: {} for verb in _VERBS}
+        made._forget()
         return made
+
+    def _forget(self) -> None: self._handlers, self._version = {verb: {} for verb in _VERBS}, _TransformMeta.version
 
     def __init__(self,
         enc: Callable | None = None,    # a function used as `encodes`
@@ -171,8 +202,11 @@ class Transform(metaclass=_TransformMeta):
         if type(x) is tuple and not self.whole: return tuple([self._apply_one(verb, o) for o in x])
         return self._apply_one(verb, x)
 
+    def _apply_each(self, verb: str, x: tuple) -> tuple: return _tuple_like(x, [self._apply_one(verb, o) for o in x])
+
     def _apply_one(self, verb: str, x: Any) -> Any:
         kind = type(x)
+        if self._version != _TransformMeta.version: self._forget()
         try: func, returned = self._handlers[verb][kind]
         except KeyError: func, returned = self._find(verb, kind)
         if func is None: return x
@@ -183,19 +217,25 @@ class Transform(metaclass=_TransformMeta):
         kind: type, # type of a value
     ) -> tuple[Callable | None, type | None]: # the function, or `None` if values of this type pass through; the type that it says it returns
         "What encodes a value of class `kind`"
+        if self._version != _TransformMeta.version: self._forget()
         found = self._handlers['encodes'].get(kind)
         return self._find('encodes', kind) if found is None else found
 
     def _find(self, verb: str, kind: type) -> tuple[Callable | None, type | None]:
         "Look up, once, what handles `kind`"
         func, returned = find_handler(self._verbs[verb], kind) or (None, None)
-        if kind is tuple and not self.whole: func = functools.partial(self._apply, verb)
+        if not self.whole and self._is_mapped(kind, func): func, returned = functools.partial(self._apply_each, verb), None
         elif func is not None and self.enc is None and self.dec is None: func = types.MethodType(func, self)
         self._handlers[verb][kind] = func, returned
         return func, returned
 
+    def _is_mapped(self, kind: type, func: Callable | None) -> bool:
+        "Are tuples of this class taken element by element? All but named tuples are, unless `func` asks for that very class"
+        if not issubclass(kind, tuple) or hasattr(kind, '_fields'): return False
+        return func is None or not any(issubclass(o, tuple) and o is not tuple for o in accepted_types(func)[0])
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_handlers': {verb: {} for verb in _VERBS}}
+        return {k: v for k, v in self.__dict__.items() if k != '_version'} | {'_handlers': {verb: {} for verb in _VERBS}}
 
 class ItemTransform(Transform):
     "A transform of whole samples: `encodes` takes the tuple"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..base.registry import register
-from ..data.transform import Transform, find_handler
+from ..data.transform import Transform, _tuple_like, find_handler
 from ..data.types import plain
 from .pixels import Pixels, Step, in_parts, new_batch
 from .points import TensorPoint
@@ -39,7 +39,7 @@ class _Run:
         return self._field(x, steps, split_idx, picture)
 
     def _field(self, x: Any, steps: list[Step], split_idx: int | None, picture: torch.Tensor | None) -> Any:
-        if isinstance(x, tuple): return tuple([self._field(o, steps, split_idx, picture) for o in x])
+        if isinstance(x, tuple): return _tuple_like(x, [self._field(o, steps, split_idx, picture) for o in x])
         if isinstance(x, TensorPoint): return x if picture is None else x.through(steps, tuple(picture.shape[-2:]))
         if isinstance(x, TensorImageBase):
             if not steps: return x
