@@ -163,7 +163,8 @@ class DataBlock:
         item = get_item(dsets.train.items, 0)
         values = [_trace(f'field {k}', item, field.fs) for k, field in enumerate(dsets.fields)]
         _trace('sample', tuple(values), Pipeline(self.item_tfms).fs)
-        dls = dsets.dataloaders(bs=bs, num_workers=0, after_item=self.item_tfms, after_batch=self.batch_tfms)
+        dls = dsets.dataloaders(**{'bs': bs, 'num_workers': 0, 'after_item': self.item_tfms, 'after_batch': self.batch_tfms, **self.dls_kwargs})
+        if len(dls.train.before_batch): print(f'list of samples: {dls.train.before_batch!r}')
         batch = dls.train.make_batch(range(min(bs, len(dls.train_ds))))
         print(f'batch on {dls.device}: {Pipeline(self.batch_tfms)!r}\n  {describe_value(batch)}')
         if show_batch: dls.train.show_batch(batch, **kwargs)
