@@ -5,6 +5,7 @@
 # %% ../../../nbs/10_data/16_loader.ipynb #1f7eff37
 from __future__ import annotations
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from ..base.seeds import derive_seed, keep_random_states, seed_all, seed_generat
 from .showing import Decoding, types_of, with_types
 from .failures import Failures, Tally, check_policy
 from .generators import find_generators, keep_generators, seed_generators
-from .order import BatchPlan, Order, Sampled, Shuffled, Weighted, make_plans
+from .order import BatchPlan, Order, choose_order, replaced_arguments
 from .pipeline import Pipeline, data_error, describe_value
+from .plans import Plans, Reading
 from .reading import BatchReader, Failure, StreamReader, collate
 from .transform import RandTransform
 from .types import plain
@@ -100,7 +102,7 @@ class DataLoader(Decoding):
     def _begin(self) -> None:
         "Check what was given together, and count from 0"
         if self.bs < 1: raise ValueError(f'a batch of bs={self.bs} samples')
-        self.order = None if self.is_stream else _order(len(self.dataset), **self._order_args)
+        self.order = None if self.is_stream else choose_order(len(self.dataset), **self._order_args)
         for name in ('shuffle', 'sampler', 'batch_sampler', 'weights') if self.is_stream else ():
             if self._order_args[name] not in (None, False): raise ValueError(f'{type(self.dataset).__name__} can only be iterated, so that its order is its own: it cannot be changed with {name}=...')
         if self.is_stream and self.on_error == 'replace': raise ValueError("on_error='replace' needs a dataset with indices; a stream cannot be asked for another sample. Use 'skip'")
@@ -117,6 +119,10 @@ class DataLoader(Decoding):
         elif generation: self.seed = derive_seed(seed, 'loader', self.split_idx)
         else: self.seed = int(torch.randint(2**31, (1,)))
         self.epoch, self.first_batch, self._peeks = 0, 0, 0
+        self._readings: list[weakref.ref[Reading]] = []
+
+    def _follow_seed(self) -> None:
+        if self._fixed_seed is None and self._seed_state != seed_generation(): self._restart()
 
     # ---- size and order
 
@@ -128,7 +134,7 @@ class DataLoader(Decoding):
     @property
     def shuffle(self) -> bool: # also if a sampler or weights decide
         "Is the order of an epoch another one than that of the dataset?"
-        return any(o is not None and o is not False for o in self._order_args.values())
+        return any(o is not None and o is not False for name, o in self._order_args.items() if name != 'n')
 
     @property
     def n(self) -> int: # samples; `TypeError` for a stream whose length nobody knows
@@ -142,28 +148,34 @@ class DataLoader(Decoding):
 
     def plans(self,
         epoch: int, # counted from 0
-    ) -> list[BatchPlan]: # one for each batch
+    ) -> Plans: # a sequence of `BatchPlan`, one for each batch
         "The plans of the batches of an epoch"
-        return make_plans(self.order, self.seed, epoch, self.bs, self.drop_last, self.on_error == 'replace')
+        return Plans(self.order, self.seed, epoch, self.bs, self.drop_last, self.on_error == 'replace')
 
     # ---- iteration
 
     def __iter__(self) -> Iterator[tuple]:
-        if self._fixed_seed is None and self._seed_state != seed_generation(): self._restart()
+        self._follow_seed()
         epoch, first, self.first_batch = self.epoch, self.first_batch, 0
         if self.split_idx != 1: self.epoch += 1
+        reading = Reading(self._read(epoch, first), epoch, first)
+        self._readings = [o for o in self._readings if o() is not None] + [weakref.ref(reading)]
+        return reading
+
+    def _read(self, epoch: int, first: int) -> Iterator[tuple[int, Any]]:
+        "The numbers and batches of an epoch, from batch `first` on"
         if self.is_stream: return self._finished(self._streamed(epoch, first), 1)
         plans = self.plans(epoch)[first:]
-        return self._finished(zip(self.workers.read(self._reader(), plans, self._pins()), plans), sum(len(o.indices) for o in plans))
+        return self._finished(zip(self.workers.read(self._reader(), plans, self._pins()), plans), sum(len(o.indices) for o in plans[:8]))
 
-    def _finished(self, batches: Iterator, expected: int) -> Iterator[tuple]:
-        "Batches on the device; what could not be read is counted, and told at the end"
+    def _finished(self, batches: Iterator, expected: int) -> Iterator[tuple[int, Any]]:
+        "Batches on the device, with their numbers; what could not be read is counted, and told at the end"
         tally = Tally(self.on_error, expected)
         for read, plan in batches:
             if isinstance(read, Failure): read.throw()
             self.failures += read.bad
             tally.add(read.tried, read.bad)
-            if read.batch is not None: yield self.finish(read.batch, plan)
+            if read.batch is not None: yield plan.number, self.finish(read.batch, plan)
         tally.report()
 
     def _reader(self) -> BatchReader:
@@ -247,7 +259,7 @@ class DataLoader(Decoding):
             after_batch=self.after_batch.fs, device=self.device, seed=self._fixed_seed, collate_fn=self.collate_fn, pin_memory=self.pin_memory, split_idx=self.split_idx,
             on_error=self.on_error, persistent_workers=workers.persistent, worker_init_fn=workers.init, timeout=workers.timeout, prefetch_factor=workers.prefetch,
             multiprocessing_context=workers.context, indexed=not self.is_stream)
-        if dataset is None and 'shuffle' not in changes: same.update(self._order_args)
+        if dataset is None: same.update(self._order_args, **dict.fromkeys(replaced_arguments(changes)))
         elif dataset is not None and not self.is_stream: same['shuffle'] = self._order_args['shuffle']
         made = type(self)(self.dataset if dataset is None else dataset, **{**same, **changes})
         made.input_types = self.input_types
@@ -263,26 +275,22 @@ class DataLoader(Decoding):
     # ---- position
 
     def state_dict(self) -> dict[str, Any]: # small, of plain values
-        "Where the loader is: what decides all batches to come"
-        return {'seed': self.seed, 'epoch': self.epoch, 'first_batch': self.first_batch, 'peeks': self._peeks, 'seed_state': self._seed_state}
+        "Where the loader is: what decides all batches to come. Within a loop over the loader: those of this epoch that are left"
+        begun = [o for o in (ref() for ref in self._readings) if o is not None and not o.ended]
+        if not begun: self._follow_seed()
+        epoch, first = (begun[-1].epoch, begun[-1].done) if begun else (self.epoch, self.first_batch)
+        return {'seed': self.seed, 'epoch': epoch, 'first_batch': first, 'peeks': self._peeks}
+
+    def __getstate__(self) -> dict[str, Any]: return {**self.__dict__, '_readings': []}
 
     def load_state_dict(self,
         state: dict[str, Any], # from `state_dict`
     ) -> None:
         "Go on from where `state` was taken"
-        self.seed, self.epoch, self.first_batch = state['seed'], state['epoch'], state['first_batch']
-        self._peeks, self._seed_state = state['peeks'], tuple(state['seed_state'])
+        self.seed, self.epoch, self.first_batch, self._peeks = state['seed'], state['epoch'], state['first_batch'], state['peeks']
+        self._seed_state, self._readings = seed_generation(), [] # how often a seed was set before says nothing in another process
 
 TfmdDL = DataLoader
 
 def _is_stream(dataset: Any) -> bool: return isinstance(dataset, IterableDataset) or not hasattr(dataset, '__getitem__')
 
-def _order(size: int, shuffle: bool, sampler: Any, batch_sampler: Any, weights: Any, n: int | None) -> Order:
-    "What decides which samples an epoch has; only one of the arguments can"
-    given = [name for name, o in (('sampler', sampler), ('batch_sampler', batch_sampler), ('weights', weights)) if o is not None]
-    if len(given) > 1: raise ValueError(f"{' and '.join(given)} cannot both decide the order: give one of them")
-    if isinstance(sampler, Order): return sampler
-    if weights is not None and len(weights) != size: raise ValueError(f'there are {len(weights)} weights for {size} samples')
-    if weights is not None: return Weighted(weights, n)
-    if given: return Sampled(batch_sampler if sampler is None else sampler, n, in_batches=sampler is None)
-    return (Shuffled if shuffle else Order)(size, n)
