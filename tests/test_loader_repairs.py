@@ -1,8 +1,10 @@
 """What went wrong in loaders once: positions in the middle of an epoch, seeds, lengths, loops within loops, changes between epochs, large datasets."""
 import copy
+import os
 import pickle
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import torch
 from lamella.base.seeds import set_seed
 from lamella.data.loader import DataLoader
 from lamella.data.order import Shuffled, Weighted
+from lamella.data.pipeline import DataError
 from lamella.data.plans import Plans
+from lamella.data.transform import Transform
 
 
 class Numbers:
@@ -140,3 +144,129 @@ def test_counts_and_spares_of_plans(order):
             assert seen[i] == count and type(i) is int
             seen[i] += 1
         assert set(plan.spares) <= everything and len(plan.spares) == 16
+
+
+# Processes that are kept
+
+class Scaled(Transform):
+    def __init__(self, size=1): self.size = size
+    def encodes(self, x: torch.Tensor): return x * self.size
+
+
+class Sizes(Numbers):
+    "Counts how often it is pickled; a part of it is large"
+    pickled = 0
+    def __init__(self): self.n, self.size, self.data = 24, 1, list(range(5000))
+    def __getitem__(self, i): return torch.tensor(float(i * self.size))
+
+
+class Large(list):
+    pickled = 0
+    def __reduce__(self):
+        Large.pickled += 1
+        return Large, (), None, iter(self)
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_kept_processes_hear_of_changes(method):
+    f, data = Scaled(), Sizes()
+    dl = DataLoader(data, bs=12, num_workers=2, persistent_workers=True, multiprocessing_context=method, after_item=f)
+    assert torch.cat(list(dl)).sum() == 276
+    processes = dl.workers._torch_loader
+    list(dl)
+    assert dl.workers._torch_loader is processes, 'nothing has changed'
+    f.size = 5
+    assert torch.cat(list(dl)).sum() == 276 * 5
+    data.size = 2
+    assert torch.cat(list(dl)).sum() == 276 * 10
+
+
+def test_large_data_is_not_pickled_for_each_epoch():
+    data = Sizes()
+    data.data, Large.pickled = Large(range(5000)), 0
+    dl = DataLoader(data, bs=12, num_workers=1, multiprocessing_context='spawn')
+    list(dl)
+    before = Large.pickled
+    for _ in range(3): list(dl)
+    assert before and Large.pickled == before
+
+
+@pytest.mark.parametrize('kept', [True, False])
+def test_a_loop_within_a_loop(kept):
+    make = lambda workers: DataLoader(Numbers(), bs=4, shuffle=True, seed=1, num_workers=workers, persistent_workers=kept if workers else None, after_item=add_noise)
+    def twice(dl):
+        for k, x in enumerate(dl):
+            yield x.tolist()
+            if k == 1: yield from values(dl)
+    here, there = make(0), make(2)
+    assert list(twice(here)) == list(twice(there))
+    assert values(here) == values(there)
+    next(iter(here)), next(iter(there))
+    assert values(here) == values(there), 'after a loop that was left'
+
+
+def test_a_loader_with_kept_processes_can_be_copied():
+    dl = DataLoader(Numbers(), bs=4, shuffle=True, seed=1, num_workers=2, persistent_workers=True)
+    open_loop = iter(dl)
+    next(open_loop)
+    for again in (pickle.loads(pickle.dumps(dl)), copy.deepcopy(dl)): assert sum(map(len, again)) == 24
+
+
+class Leaves(Numbers):
+    def __getitem__(self, i): return torch.zeros(100_000) if i < 8 else os._exit(3)
+
+
+@pytest.mark.parametrize('error', [FileNotFoundError, EOFError, ConnectionResetError])
+def test_a_process_that_ended_by_itself(error, monkeypatch):
+    dl = DataLoader(Numbers(), bs=4, num_workers=1)
+    class Broken:
+        _workers = [SimpleNamespace(exitcode=3, sentinel=os.open(os.devnull, os.O_RDONLY))]
+        def __iter__(self): return self
+        def __next__(self): raise error('rebuild_storage_fd')
+    monkeypatch.setattr('multiprocessing.connection.wait', lambda *args, **kwargs: [])
+    with pytest.raises(DataError, match='a worker process that reads batches died'): list(dl.workers._watched(Broken()))
+    Broken._workers = []
+    with pytest.raises(error): list(dl.workers._watched(Broken()))
+
+
+def test_a_process_that_leaves():
+    with pytest.raises(DataError, match='died'): list(DataLoader(Leaves(), bs=4, num_workers=1))
+
+
+# Generators of a module, and where they are used
+
+RNG, RNG_OF_HELPER = np.random.default_rng(0), random.Random(0)
+def helper(x): return further(x)
+def further(x): return x + RNG_OF_HELPER.random()
+
+
+class Drawing(Numbers):
+    def __getitem__(self, i): return torch.tensor(i + RNG.random())
+
+
+class Callable_:
+    def __call__(self, x): return x + sum([RNG.random() for _ in range(2)])
+
+
+class InEncodes(Transform):
+    def encodes(self, x: torch.Tensor): return x + RNG.random()
+
+
+def with_helper(x): return helper(x)
+
+
+@pytest.mark.parametrize('make', [lambda: dict(dataset=Drawing()), lambda: dict(dataset=Numbers(), after_item=Callable_()), lambda: dict(dataset=Numbers(), after_item=InEncodes()),
+                                  lambda: dict(dataset=Numbers(), after_item=with_helper)], ids=['dataset', 'call', 'encodes', 'helper'])
+def test_generators_of_a_module_are_seeded(make):
+    here, there = (DataLoader(**make(), bs=4, seed=1, num_workers=workers) for workers in (0, 2))
+    first, second = values(here), values(here)
+    assert first != second and values(there) == first and values(there) == second
+
+
+def test_generators_of_batch_transforms_are_looked_for_once_an_epoch(monkeypatch):
+    import lamella.data.loader as module
+    calls, find = [], module.find_generators
+    monkeypatch.setattr(module, 'find_generators', lambda *args: calls.append(1) or find(*args))
+    dl = DataLoader(Numbers(), bs=4, num_workers=0, after_batch=add_noise)
+    list(dl), list(dl)
+    assert len(calls) == 2

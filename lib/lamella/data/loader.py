@@ -5,7 +5,6 @@
 # %% ../../../nbs/10_data/16_loader.ipynb #1f7eff37
 from __future__ import annotations
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,13 +15,13 @@ from torch.utils.data import IterableDataset
 from ..base.devices import default_workers
 from ..base.nested import map_nested, to_device
 from ..base.registry import checked_keywords
-from ..base.seeds import derive_seed, keep_random_states, seed_all, seed_generation
+from ..base.seeds import derive_seed, keep_random_states, seed_all
 from .showing import Decoding, types_of, with_types
 from .failures import Failures, Tally, check_policy
 from .generators import find_generators, keep_generators, seed_generators
 from .order import BatchPlan, Order, choose_order, replaced_arguments
 from .pipeline import Pipeline, data_error, describe_value
-from .plans import Plans, Reading
+from .plans import Plans, Position
 from .reading import BatchReader, Failure, StreamReader, collate
 from .transform import RandTransform
 from .types import plain
@@ -55,7 +54,7 @@ def refused_keywords(
     return _checked
 
 # %% ../../../nbs/10_data/16_loader.ipynb #179307ec
-class DataLoader(Decoding):
+class DataLoader(Position, Decoding):
     "Batches of a dataset, transformed on the device, in an order and with a randomness that follow from one seed"
     @refused_keywords
     @checked_keywords
@@ -76,7 +75,7 @@ class DataLoader(Decoding):
         pin_memory: bool | None = None,                # page-locked memory, for fast copies; on a GPU if not given
         persistent_workers: bool | None = None,        # keep the processes between epochs; where starting them is slow if not given
         batch_size: int | None = None,                 # PyTorch's name for `bs`
-        on_error: str = 'raise',                       # a sample that cannot be read: 'raise', 'skip', or 'replace' it by another
+        on_error: str = 'raise',                       # a sample that cannot be read: 'raise', 'skip', or 'replace' it by another (in validation: 'skip')
         n: int | None = None,                          # samples an epoch; all of them if not given
         weights: Sequence[float] | None = None,        # how often each sample is drawn, in relation to the others
         batch_sampler: Any = None,                     # iterable of lists of indices, in place of `bs` and `shuffle`
@@ -96,7 +95,7 @@ class DataLoader(Decoding):
         self._order_args = dict(shuffle=shuffle, sampler=sampler, batch_sampler=batch_sampler, weights=weights, n=n)
         self.workers = Workers(self._n_workers(num_workers), persistent_workers, worker_init_fn or wif, timeout, prefetch_factor, multiprocessing_context)
         self._fixed_seed = seed if generator is None else int(torch.randint(2**31, (1,), generator=generator))
-        self.input_types, self.output_types, self.failures = None, None, Failures()
+        self.input_types, self.output_types, self.failures, self._found = None, None, Failures(), (None, [])
         self._begin()
 
     def _begin(self) -> None:
@@ -105,24 +104,12 @@ class DataLoader(Decoding):
         self.order = None if self.is_stream else choose_order(len(self.dataset), **self._order_args)
         for name in ('shuffle', 'sampler', 'batch_sampler', 'weights') if self.is_stream else ():
             if self._order_args[name] not in (None, False): raise ValueError(f'{type(self.dataset).__name__} can only be iterated, so that its order is its own: it cannot be changed with {name}=...')
+        if self.on_error == 'replace' and self.split_idx == 1: self.on_error = 'skip' # another sample in the place of a bad one would count twice
         if self.is_stream and self.on_error == 'replace': raise ValueError("on_error='replace' needs a dataset with indices; a stream cannot be asked for another sample. Use 'skip'")
         self._restart()
 
     def _n_workers(self, given: int | None) -> int:
         return 0 if self.is_stream else default_workers() if given is None else given
-
-    def _restart(self) -> None:
-        "Begin to count epochs anew, with the seed of now"
-        self._seed_state = seed_generation()
-        seed, generation = self._seed_state
-        if self._fixed_seed is not None: self.seed = self._fixed_seed
-        elif generation: self.seed = derive_seed(seed, 'loader', self.split_idx)
-        else: self.seed = int(torch.randint(2**31, (1,)))
-        self.epoch, self.first_batch, self._peeks = 0, 0, 0
-        self._readings: list[weakref.ref[Reading]] = []
-
-    def _follow_seed(self) -> None:
-        if self._fixed_seed is None and self._seed_state != seed_generation(): self._restart()
 
     # ---- size and order
 
@@ -158,9 +145,7 @@ class DataLoader(Decoding):
         self._follow_seed()
         epoch, first, self.first_batch = self.epoch, self.first_batch, 0
         if self.split_idx != 1: self.epoch += 1
-        reading = Reading(self._read(epoch, first), epoch, first)
-        self._readings = [o for o in self._readings if o() is not None] + [weakref.ref(reading)]
-        return reading
+        return self._begin_reading(self._read(epoch, first), epoch, first)
 
     def _read(self, epoch: int, first: int) -> Iterator[tuple[int, Any]]:
         "The numbers and batches of an epoch, from batch `first` on"
@@ -195,12 +180,18 @@ class DataLoader(Decoding):
         if self.device is not None: batch = to_device(batch, self.device)
         if not len(self.after_batch): return batch
         if not self._draws(): return self._transform(batch, plan)
-        generators = find_generators(self.after_batch)
+        generators = self._batch_generators(plan)
         with keep_random_states(), keep_generators(generators):
             seed = derive_seed(plan.seed, plan.epoch, 'batch', plan.number)
             seed_all(seed)
             seed_generators(generators, seed)
             return self._transform(batch, plan)
+
+    def _batch_generators(self, plan: BatchPlan) -> list[Any]:
+        "Those of the batch transforms, looked for once an epoch"
+        key = plan.seed, plan.epoch, tuple(map(id, self.after_batch.fs))
+        if self._found[0] != key: self._found = key, find_generators(self.after_batch)
+        return self._found[1]
 
     def _draws(self) -> bool:
         "Can a batch transform be random? Functions can"
@@ -249,6 +240,14 @@ class DataLoader(Decoding):
 
     # ---- copies
 
+    def in_order(self,
+        **changes: Any, # arguments that are to be others, too
+    ) -> DataLoader:    # itself if it is so already
+        "All samples of the dataset, each once and in its order, whatever `n`, weights or a sampler say; of a stream as many as before"
+        order = {} if self.is_stream else dict(shuffle=False, n=None)
+        whole = self.is_stream or not self.shuffle and self._order_args['n'] is None
+        return self if whole and not self.drop_last and not changes else self.new(**order, drop_last=False, split_idx=1, **changes)
+
     def new(self,
         dataset: Any = None, # another dataset; the same if not given
         **changes: Any,      # other arguments: `bs`, `shuffle`, `num_workers`, `after_item`, ...
@@ -272,25 +271,8 @@ class DataLoader(Decoding):
         self.device = torch.device(device)
         return self
 
-    # ---- position
-
-    def state_dict(self) -> dict[str, Any]: # small, of plain values
-        "Where the loader is: what decides all batches to come. Within a loop over the loader: those of this epoch that are left"
-        begun = [o for o in (ref() for ref in self._readings) if o is not None and not o.ended]
-        if not begun: self._follow_seed()
-        epoch, first = (begun[-1].epoch, begun[-1].done) if begun else (self.epoch, self.first_batch)
-        return {'seed': self.seed, 'epoch': epoch, 'first_batch': first, 'peeks': self._peeks}
-
-    def __getstate__(self) -> dict[str, Any]: return {**self.__dict__, '_readings': []}
-
-    def load_state_dict(self,
-        state: dict[str, Any], # from `state_dict`
-    ) -> None:
-        "Go on from where `state` was taken"
-        self.seed, self.epoch, self.first_batch, self._peeks = state['seed'], state['epoch'], state['first_batch'], state['peeks']
-        self._seed_state, self._readings = seed_generation(), [] # how often a seed was set before says nothing in another process
+    def __getstate__(self) -> dict[str, Any]: return {**self.__dict__, '_readings': [], '_found': (None, [])}
 
 TfmdDL = DataLoader
 
 def _is_stream(dataset: Any) -> bool: return isinstance(dataset, IterableDataset) or not hasattr(dataset, '__getitem__')
-

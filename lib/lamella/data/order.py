@@ -152,6 +152,11 @@ def _index(i: Any) -> Any:
     "An index as a number of Python; anything else (a key) as it is"
     return int(i) if isinstance(i, (np.integer, torch.Tensor)) else i
 
+def _as_array(found: list[Any]) -> Sequence[Any]:
+    "Indices as an array, if they are numbers; keys as they are"
+    if set(map(type, found)) != {int}: found = [_index(i) for i in found]
+    return np.array(found, dtype=np.int64) if set(map(type, found)) == {int} else found
+
 class Sampled(Order):
     "The indices that a sampler gives, anew each epoch"
     repeating = True
@@ -190,8 +195,8 @@ class Sampled(Order):
     def draw(self, seed: int, epoch: int) -> Sequence[int]:
         "The samples of an epoch"
         if self.in_batches: return [i for batch in self.batches(seed, epoch, 1, False) for i in batch]
-        found = [_index(i) for i in self._given(seed, epoch, self._n)]
-        if not found and self.n: raise ValueError(f'the sampler {type(self.sampler).__name__} gave no index in epoch {epoch}: an iterator can be used only once, give something that can be iterated again')
+        found = _as_array(self._given(seed, epoch, self._n))
+        if not len(found) and self.n: raise ValueError(f'the sampler {type(self.sampler).__name__} gave no index in epoch {epoch}: an iterator can be used only once, give something that can be iterated again')
         return found
 
     def batches(self, seed: int, epoch: int, bs: int, drop_last: bool) -> list[list[int]]:

@@ -6,12 +6,18 @@
 from __future__ import annotations
 import functools
 import gc
+import io
+import multiprocessing.connection
 import pickle
+import random
 import signal
+import time
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader as TorchLoader
 
@@ -22,7 +28,7 @@ from .pipeline import DataError
 from .reading import BatchReader, Failure, GuardedReader, ReadBatch
 
 # %% auto #0
-__all__ = ['find_unpicklable', 'Workers']
+__all__ = ['find_unpicklable', 'outline_of', 'Workers']
 
 # %% ../../../nbs/10_data/13_workers.ipynb #50790d0a
 def _parts(obj: Any) -> list[tuple[str, Any]]:
@@ -51,11 +57,32 @@ def find_unpicklable(
     return f'{name} ({what})'
 
 # %% ../../../nbs/10_data/13_workers.ipynb #e9816bbe
+_LONGEST = 1000 # elements; what is longer is data
+
+class _Outline(pickle.Pickler):
+    "Pickles settings, but of large data only which object it is"
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)): return id(obj) # seeded for each sample
+        if isinstance(obj, torch.Tensor): return (id(obj), obj._version) if obj.numel() > _LONGEST else None
+        if hasattr(obj, 'iloc') or hasattr(obj, 'column_names'): return id(obj) # a table
+        return (id(obj), _length(obj)) if isinstance(obj, (list, tuple, dict, set, frozenset, str, bytes, bytearray, np.ndarray)) and _length(obj) > _LONGEST else None
+
+def _length(data: Any) -> int: return data.size if isinstance(data, np.ndarray) else len(data)
+
+def outline_of(
+    reader: BatchReader, # makes batches
+) -> Any:                # equal for readers that do the same with the same data
+    "What processes are to be told of a reader, without large data: cheap to compare"
+    file = io.BytesIO()
+    try: _Outline(file, pickle.HIGHEST_PROTOCOL).dump(reader)
+    except Exception: return [id(f) for f in (*reader.after_item.fs, *reader.before_batch.fs)] + [id(reader.dataset), id(reader.collate), reader.on_error]
+    return file.getvalue()
+
 def _identity(x: Any) -> Any: return x
 
 class _Plans:
     "The plans of one epoch, as PyTorch's loader wants them"
-    def __init__(self) -> None: self.plans: list[BatchPlan] = []
+    def __init__(self) -> None: self.plans: Sequence[BatchPlan] = ()
     def __iter__(self) -> Iterator[BatchPlan]: return iter(self.plans)
     def __len__(self) -> int: return len(self.plans)
 
@@ -70,8 +97,20 @@ class Workers:
         context: Any = None,                     # 'fork', 'spawn', 'forkserver', or a context of `multiprocessing`
     ):
         self.num_workers, self.persistent, self.init, self.timeout, self.prefetch, self.context = num_workers, persistent, init, timeout, prefetch, context
+        self._forget()
+
+    def _forget(self) -> None:
+        "No process is kept, and nothing is known of what was sent"
         self._torch_loader: TorchLoader | None = None
-        self._made_of: list = []
+        self._made_of: Any = None
+        self._sendable: Any = None
+        self._running: Callable[[], Any] = lambda: None
+
+    def __getstate__(self) -> dict[str, Any]: return {k: v for k, v in self.__dict__.items() if k not in ('_torch_loader', '_made_of', '_sendable', '_running')}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @property
     def method(self) -> str: # 'fork', 'spawn' or 'forkserver'
@@ -85,41 +124,65 @@ class Workers:
 
     def read(self,
         reader: BatchReader,    # makes batches
-        plans: list[BatchPlan], # of the batches
+        plans: Sequence[BatchPlan], # of the batches
         pin: bool,              # put them into page-locked memory
     ) -> Iterator[ReadBatch | Failure]: # in the order of the plans
         "Read batches, here or in worker processes"
-        workers = min(self._usable(reader), len(plans))
+        outline = outline_of(reader) if self.num_workers and (self.kept or self.method != 'fork') else None
+        workers = min(self._usable(reader, outline), len(plans))
         if workers == 0: return (reader.read(plan) for plan in plans)
-        made_of = [id(f) for f in (*reader.after_item.fs, *reader.before_batch.fs)] + [id(reader.dataset), reader.on_error, pin, workers]
-        if self._torch_loader is None or not self.kept or made_of != self._made_of: self._torch_loader = self._new_loader(reader, workers, pin)
-        self._made_of = made_of
-        self._torch_loader.sampler.plans = plans
-        return self._watched(iter(self._torch_loader))
+        if self.kept and not self._is_busy(): return self._read_kept(reader, plans, pin, (outline, workers, pin))
+        loader = self._new_loader(reader, workers, pin, kept=False) # the kept processes, if there are any, are at work for another loop
+        loader.sampler.plans = plans
+        return self._watched(iter(loader))
 
-    def _new_loader(self, reader: BatchReader, workers: int, pin: bool) -> TorchLoader:
+    def _read_kept(self, reader: BatchReader, plans: Sequence[BatchPlan], pin: bool, made_of: tuple) -> Iterator:
+        "Read with processes that stay: new ones if what they were given is not what it was"
+        if self._torch_loader is None or made_of != self._made_of: self._torch_loader = self._new_loader(reader, made_of[1], pin, kept=True)
+        self._made_of, self._torch_loader.sampler.plans = made_of, plans
+        batches = self._watched(iter(self._torch_loader))
+        self._running = weakref.ref(batches)
+        return batches
+
+    def _is_busy(self) -> bool:
+        "Does another loop, which has not come to its end, still get batches of the kept processes?"
+        batches = self._running()
+        return batches is not None and batches.gi_frame is not None
+
+    def _new_loader(self, reader: BatchReader, workers: int, pin: bool, kept: bool) -> TorchLoader:
         return TorchLoader(GuardedReader(reader), batch_size=None, sampler=_Plans(), num_workers=workers, collate_fn=_identity, pin_memory=pin,
             generator=torch.Generator(), # PyTorch draws a seed each epoch: not from ours
-            multiprocessing_context=self.context or start_method(), persistent_workers=self.kept, timeout=self.timeout, prefetch_factor=self.prefetch,
+            multiprocessing_context=self.context or start_method(), persistent_workers=kept, timeout=self.timeout, prefetch_factor=self.prefetch,
             worker_init_fn=functools.partial(_begin, self.init))
 
     def _watched(self, batches: Iterator) -> Iterator:
         "Say what happened when a worker dies"
         try: yield from batches
-        except RuntimeError as error:
-            if 'DataLoader' not in str(error): raise
-            self._torch_loader, codes = None, [o.exitcode for o in getattr(batches, '_workers', ())]
-            killed = [signal.Signals(-o).name for o in codes if o is not None and o < 0]
-            raise DataError(_why_it_died(' '.join([str(error).strip(), *killed[:1]]), self.method)) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            codes = _exit_codes(getattr(batches, '_workers', ()), not isinstance(error, RuntimeError))
+            if 'DataLoader' not in str(error) and (isinstance(error, RuntimeError) or not codes): raise
+            self._torch_loader = None
+            killed = [signal.Signals(-o).name for o in codes if o < 0]
+            raise DataError(_why_it_died(' '.join([str(error).strip() or type(error).__name__, *killed[:1]]), self.method)) from error
 
-    def _usable(self, reader: BatchReader) -> int:
+    def _usable(self, reader: BatchReader, outline: Any) -> int:
         "0 where the reader cannot be sent to another process; the message names what cannot"
-        if self.num_workers == 0 or self.method == 'fork' or _can_be_pickled(reader): return self.num_workers
+        if self.num_workers == 0 or self.method == 'fork' or (outline is not None and outline == self._sendable): return self.num_workers
+        if _can_be_pickled(reader):
+            self._sendable = outline
+            return self.num_workers
         found = next(o for o in (find_unpicklable(getattr(reader, name), name) for name in ('dataset', 'after_item', 'before_batch', 'collate', '__dict__')) if o)
         warnings.warn(f'loading without worker processes (num_workers=0), because something cannot be sent to them: {found}. '
                       'Functions that are defined at the top level of a module can; a lambda, an open file and a lock cannot.', stacklevel=4)
         self.num_workers = 0
         return 0
+
+def _exit_codes(workers: Sequence[Any], wait: bool) -> list[int]:
+    "Of the processes that ended; a connection breaks a moment before its process is gone"
+    try:
+        if wait and multiprocessing.connection.wait([o.sentinel for o in workers], timeout=1): time.sleep(0.05)
+    except RuntimeError: pass # of PyTorch, which hears of it by a signal
+    return [o.exitcode for o in workers if o.exitcode is not None]
 
 def _begin(init: Callable[[int], Any] | None, number: int) -> None:
     "First thing in a worker: what it shares with its parent is no garbage; a collection would write to each object, and so copy it"
