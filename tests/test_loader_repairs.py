@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
 from lamella.base.seeds import set_seed
+from lamella.data.balance import balanced_order
 from lamella.data.loader import DataLoader
 from lamella.data.order import Shuffled, Weighted
 from lamella.data.pipeline import DataError
 from lamella.data.plans import Plans
 from lamella.data.transform import Transform
+from lamella.vision.all import DataLoaders, IndexSplitter, Learner
 
 
 class Numbers:
@@ -270,3 +273,64 @@ def test_generators_of_batch_transforms_are_looked_for_once_an_epoch(monkeypatch
     dl = DataLoader(Numbers(), bs=4, num_workers=0, after_batch=add_noise)
     list(dl), list(dl)
     assert len(calls) == 2
+
+
+# Messages
+
+class Stream(IterableDataset):
+    def __iter__(self): return (torch.tensor([float(i)]) for i in range(10))
+
+
+def test_a_stream_is_neither_explained_nor_shown_many_times():
+    dl = DataLoader(Stream(), bs=4)
+    with pytest.raises(TypeError, match='can only be iterated'): DataLoaders(dl, dl).explain()
+    with pytest.raises(TypeError, match='can only be iterated'): dl.show_batch(unique=True)
+
+
+@pytest.mark.parametrize('ask', [lambda o: o.explain(), lambda o: o.show_batch(), lambda o: o.new(bs=2), lambda o: o.decode_batch(()), lambda o: o.setup_tfms(), lambda o: o.add_tfms(add_noise)])
+def test_loaders_of_torch_know_no_transforms(ask):
+    dls = DataLoaders(TorchLoader(Numbers()), TorchLoader(Numbers()))
+    with pytest.raises(TypeError, match='needs a loader of lamella'): ask(dls)
+
+
+class Ragged(Numbers):
+    "Each time another number of boxes"
+    def __getitem__(self, i): return torch.zeros(random.randint(1, 5), 4) + random.random()
+
+
+def pad(samples): return [torch.cat([o, torch.zeros(5 - len(o), 4)]) for o in samples]
+
+
+def test_one_sample_many_times_is_padded_together():
+    dl = DataLoader(Ragged(), bs=4, num_workers=0, seed=1, before_batch=pad)
+    batch = dl._unique_batch(6)
+    assert batch.shape == (6, 5, 4) and len(batch[:, 0, 0].unique()) == 6
+
+
+@pytest.mark.parametrize('wrong', [[-1], [1.7], np.array([0, -3]), torch.tensor([2.5])], ids=str)
+def test_indices_are_whole_numbers_from_0_on(wrong):
+    with pytest.raises(ValueError, match='an index'): IndexSplitter(wrong)(range(5))
+    assert list(IndexSplitter([1., 3])(range(5))[1]) == [1, 3] and list(IndexSplitter([])(range(2))[0]) == [0, 1]
+
+
+def test_balance_over_what_has_no_classes():
+    sets = SimpleNamespace(n_inp=1, fields=[None, SimpleNamespace(fs=[SimpleNamespace(vocab=[1])])], source=[[[1]], [[2]]], splits=[[0, 1]])
+    with pytest.raises(ValueError, match='needs targets with classes'): balanced_order(sets, True)
+
+
+@pytest.mark.filterwarnings('ignore:.*could not be read')
+def test_in_validation_replacing_is_leaving_out():
+    valid = DataLoader(NumbersWithBad(), bs=4, num_workers=0, split_idx=1, on_error='replace')
+    assert len(torch.cat(list(valid))) == 22
+
+
+def test_predictions_are_of_all_items():
+    class Pairs(Numbers):
+        def __getitem__(self, i): return torch.tensor([float(i)]), torch.tensor([float(i)])
+    class BadPairs(Pairs):
+        def __getitem__(self, i): return super().__getitem__(i) if i != 5 else open("missing")
+    dls = DataLoaders(DataLoader(Pairs(), bs=4, shuffle=True, n=6, num_workers=0), DataLoader(Pairs(), bs=4, n=6, num_workers=0, split_idx=1), device='cpu')
+    learn = Learner(dls, torch.nn.Linear(1, 1), loss_func=torch.nn.MSELoss())
+    assert len(torch.cat([x for x, _ in dls.valid])) == 6
+    for k in (0, 1): assert learn.get_preds(ds_idx=k)[1].flatten().tolist() == list(range(24))
+    with pytest.raises(DataError, match='verify_images'): learn.get_preds(dl=DataLoader(BadPairs(), bs=4, num_workers=0, on_error='skip'))

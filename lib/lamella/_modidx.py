@@ -690,6 +690,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'lamella/data/loaders.py'),
                                       'lamella.data.loaders.DataLoaders.__len__': ( '10_data/loaders.html#dataloaders.__len__',
                                                                                     'lamella/data/loaders.py'),
+                                      'lamella.data.loaders.DataLoaders._lamellas': ( '10_data/loaders.html#dataloaders._lamellas',
+                                                                                      'lamella/data/loaders.py'),
                                       'lamella.data.loaders.DataLoaders._own': ( '10_data/loaders.html#dataloaders._own',
                                                                                  'lamella/data/loaders.py'),
                                       'lamella.data.loaders.DataLoaders.add_tfms': ( '10_data/loaders.html#dataloaders.add_tfms',

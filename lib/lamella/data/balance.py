@@ -18,6 +18,8 @@ from .pipeline import Pipeline
 __all__ = ['shares_of', 'balanced_order']
 
 # %% ../../../nbs/10_data/18_balance.ipynb #9270edd8
+_NO_CLASSES = 'balance=True needs targets with classes, and there are none here: give balance=... the name of a column, or a function of an item'
+
 def _labels_of(dsets: Any) -> list[tuple]:
     "The labels of the training samples, found without opening an input: those that go into the transform with the vocabulary"
     for field in dsets.fields[dsets.n_inp:]:
@@ -25,7 +27,7 @@ def _labels_of(dsets: Any) -> list[tuple]:
             if getattr(f, 'vocab', None) is None: continue
             before = Pipeline(field.fs[:k], 0)
             return [_as_labels(before(_item(dsets.source, int(i))), f.vocab) for i in dsets.splits[0]]
-    raise ValueError('balance=True needs targets with classes, and there are none here: give balance=... the name of a column, or a function of an item')
+    raise ValueError(_NO_CLASSES)
 
 def _item(items: Any, i: int) -> Any: return items.iloc[i] if hasattr(items, 'iloc') else items[i]
 
@@ -66,7 +68,8 @@ def balanced_order(
 ) -> Weighted:           # an order for the training loader
     "The order of a balanced training set"
     groups = [o or (None,) for o in _groups_of(dsets, balance)]
-    counts = Counter(label for labels in groups for label in labels)
+    try: counts = Counter(label for labels in groups for label in labels)
+    except TypeError as error: raise ValueError(f'{_NO_CLASSES}: {error}') from error
     shares = shares_of(counts, balance if isinstance(balance, Mapping) else None)
     weights = [np.mean([shares[o] / counts[o] for o in labels]) for labels in groups]
     numbers = {labels: k for k, labels in enumerate(dict.fromkeys(groups))}

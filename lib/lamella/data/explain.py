@@ -117,6 +117,7 @@ def explain_loader(
     bs: int = 2, # samples of the batch
 ) -> Explanation: # what happens to its first sample, and to a batch
     "Follow a sample and a batch through all transforms"
+    if getattr(dl, 'is_stream', False): raise TypeError(f'explain asks for a sample by its index, and {type(dl.dataset).__name__} can only be iterated: give it to Pipeline by hand, or make a dataset with __getitem__')
     follower, reader = _Explainer(dl.split_idx), dl._reader()
     with keep_random_states():
         plan = dl.plans(0)[0]

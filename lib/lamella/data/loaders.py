@@ -40,6 +40,12 @@ class DataLoaders:
 
     def _own(self) -> list[DataLoader]: return [o for o in self.loaders if isinstance(o, DataLoader)]
 
+    @staticmethod
+    def _lamellas(dl: Any, asked: str) -> Any:
+        "A loader that knows its transforms"
+        if isinstance(dl, DataLoader): return dl
+        raise TypeError(f'{asked} needs a loader of lamella, which knows its transforms, not a {type(dl).__module__}.{type(dl).__name__}: give the dataset to DataLoaders.from_dsets(...) or to DataLoader(dataset, bs=...)')
+
     def __getitem__(self, i: int) -> Any: return self.loaders[i]
     def __len__(self) -> int: return len(self.loaders)
     def __iter__(self) -> Iterator[Any]: return iter(self.loaders)
@@ -99,14 +105,14 @@ class DataLoaders:
         **kwargs: Any, # `max_n`, `unique`, `figsize`, ...
     ) -> None:
         "Show some training samples"
-        self.train.show_batch(*args, **kwargs)
+        self._lamellas(self.train, 'show_batch').show_batch(*args, **kwargs)
 
     def decode_batch(self,
         b: tuple,       # as a loader gives it
         max_n: int = 9, # how many samples
     ) -> list[tuple]:   # samples
         "The samples of a batch on their way back"
-        return self.train.decode_batch(b, max_n)
+        return self._lamellas(self.train, 'decode_batch').decode_batch(b, max_n)
 
     def test_dl(self,
         test_items: Any,                 # items of the kind of the source, or what the first block opens
@@ -123,7 +129,7 @@ class DataLoaders:
         show: bool = True,   # print it (in a notebook, the returned table shows itself)
     ) -> Explanation:        # a table in notebooks; `table()` is a DataFrame
         "Which transform handled which field of a sample and of a batch"
-        explained = explain_loader(self.loaders[dl_idx])
+        explained = explain_loader(self._lamellas(self.loaders[dl_idx], 'explain'))
         if show and 'get_ipython' not in vars(builtins): print(explained)
         return explained
 
@@ -144,17 +150,18 @@ class DataLoaders:
         dl_idx: int | None = None,     # only to this loader
     ) -> None:
         "Add transforms to the loaders"
-        for dl in self._own() if dl_idx is None else [self.loaders[dl_idx]]: getattr(dl, event).add(tfms)
+        for dl in self.loaders if dl_idx is None else [self.loaders[dl_idx]]: getattr(self._lamellas(dl, 'add_tfms'), event).add(tfms)
 
     def setup_tfms(self) -> None:
         "Let the item and batch transforms learn their state (such as statistics) from the training loader"
-        for f in [*self.train.after_item.fs, *self.train.after_batch.fs]: f.setup(self.train)
+        train = self._lamellas(self.train, 'setup_tfms')
+        for f in [*train.after_item.fs, *train.after_batch.fs]: f.setup(train)
 
     def new(self,
         **changes: Any, # arguments of `DataLoader`: `bs`, `num_workers`, ...
     ) -> DataLoaders:   # new loaders over the same datasets
         "The same loaders with some arguments changed"
-        return DataLoaders(*(dl.new(**changes) for dl in self.loaders), path=self.path, device=self.device)
+        return DataLoaders(*(self._lamellas(dl, 'new').new(**changes) for dl in self.loaders), path=self.path, device=self.device)
 
     def to(self,
         device: torch.device | str, # where batches go

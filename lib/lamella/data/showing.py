@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..base.nested import find_bs, map_nested, to_device
+from ..base.seeds import keep_random_states
+from .generators import keep_generators
 from .types import TensorBase
 
 # %% auto #0
@@ -90,6 +92,10 @@ class Decoding:
 
     def _unique_batch(self, n: int) -> tuple:
         "One sample `n` times, each with its own randomness"
-        i, single = self.plans(self.epoch)[0].indices[0], []
-        for k in range(n): single.append(self.make_batch([i], epoch=-1 - k))
-        return tuple(torch.cat(field) for field in zip(*single))
+        if self.is_stream: raise TypeError(f'unique=True asks for one sample many times, and {type(self.dataset).__name__} can only be iterated')
+        reader, plan = self._reader(), self.plans(self.epoch)[0]
+        i = plan.indices[0]
+        with keep_random_states(), keep_generators(reader.generators):
+            samples = [reader.sample(plan._replace(epoch=-1 - k), i) for k in range(n)]
+            if len(self.before_batch): samples = self.before_batch(samples)
+        return self.finish(reader.collated(samples, [i] * n), plan._replace(epoch=-1, indices=[i] * n))

@@ -147,7 +147,7 @@ class Predicting(Fitting):
 def _hint_of_bad_items(dl: Any) -> Iterator[None]:
     "Say why an item that a loader would leave out stops predictions"
     try: yield
-    except DataError as error:
+    except (DataError, OSError) as error:
         if getattr(dl, 'on_error', 'raise') == 'raise': raise
         raise DataError(f"{error}\n  Predictions need every item, so that on_error={dl.on_error!r} does not hold for them: leave the bad items out of the list before. "
                         'verify_images lists the pictures that cannot be read, dls.failed_items() what failed in training.') from error
