@@ -40,7 +40,7 @@ class Interpretation:
     ) -> Interpretation:   # of that loader
         "Predict a loader, and keep what is needed to read the result"
         dl = learn.dls[ds_idx] if dl is None else dl
-        dl = dl.new(shuffle=False, drop_last=False, split_idx=1) if getattr(dl, 'shuffle', False) or getattr(dl, 'drop_last', False) else dl
+        dl = dl.in_order() if hasattr(dl, 'in_order') else dl
         preds, targs, decoded, losses = learn.get_preds(dl=dl, with_decoded=True, with_loss=True, act=act)
         return cls(learn, dl, preds, targs, decoded, losses)
 

@@ -4,8 +4,10 @@
 
 # %% ../../../nbs/10_data/09_generators.ipynb #78d1c88e
 from __future__ import annotations
+import dis
 import functools
 import random
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ __all__ = ['find_generators', 'seed_generators', 'keep_generators']
 # %% ../../../nbs/10_data/09_generators.ipynb #12120892
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _LEAVES = (str, bytes, int, float, complex, type(None), type, torch.Tensor, np.ndarray, types.ModuleType)
+_KNOWN = {'torch', 'torchvision', 'numpy', 'PIL', 'pandas', 'fastcore', 'lamella', *sys.stdlib_module_names}
 _MOST_OBJECTS, _LONGEST, _DEEPEST = 2000, 64, 8
 
 def _is_global(g: Any) -> bool: return g is np.random.mtrand._rand or g is getattr(random, '_inst', None) or g is torch.default_generator
@@ -33,12 +36,40 @@ def _inside(obj: Any) -> list[Any]:
     if isinstance(obj, functools.partial): return [obj.func, *obj.args, *obj.keywords.values()]
     if isinstance(obj, types.MethodType): return [obj.__self__, obj.__func__]
     if isinstance(obj, types.FunctionType): return _of_function(obj)
-    return list(getattr(obj, '__dict__', {}).values()) + [getattr(obj, o) for o in getattr(type(obj), '__slots__', ()) if isinstance(o, str) and hasattr(obj, o)]
+    return _of_class(type(obj)) + list(getattr(obj, '__dict__', {}).values()) + [getattr(obj, o) for o in getattr(type(obj), '__slots__', ()) if isinstance(o, str) and hasattr(obj, o)]
 
 def _of_function(func: types.FunctionType) -> list[Any]:
     cells = [o.cell_contents for o in func.__closure__ or () if o != types.CellType()]
-    used = [func.__globals__.get(o) for o in func.__code__.co_names]
-    return cells + [o for o in used if isinstance(o, _GENERATORS)] + list(func.__defaults__ or ())
+    return cells + list(func.__defaults__ or ()) + [o for o in _used_globals(func) if isinstance(o, (*_GENERATORS, types.FunctionType)) and not _is_known(o)]
+
+def _used_globals(func: types.FunctionType) -> list[Any]:
+    "The values of the global names in a function and the functions within it; of modules, what it may take from them"
+    names, attributes = _names(func.__code__)
+    used = [func.__globals__[o] for o in names if o in func.__globals__]
+    modules = [o for o in used if isinstance(o, types.ModuleType) and not _is_known_name(o.__name__)]
+    return used + [vars(m)[o] for m in modules for o in attributes if o in vars(m)]
+
+@functools.lru_cache(maxsize=1000)
+def _names(code: types.CodeType) -> tuple[list[str], list[str]]:
+    "The global names that code uses, and all names of attributes in it"
+    codes = _codes(code)
+    used = [o.argval for c in codes for o in dis.get_instructions(c) if o.opname in ('LOAD_GLOBAL', 'LOAD_NAME')]
+    return list(dict.fromkeys(used)), list(dict.fromkeys(o for c in codes for o in c.co_names))
+
+def _codes(code: types.CodeType) -> list[types.CodeType]: return [code, *(inner for o in code.co_consts if isinstance(o, types.CodeType) for inner in _codes(o))]
+
+def _is_known_name(module: str | None) -> bool: return (module or '').split('.')[0] in _KNOWN
+
+def _is_known(obj: Any) -> bool: return isinstance(obj, types.FunctionType) and _is_known_name(obj.__module__)
+
+@functools.lru_cache(maxsize=1000)
+def _methods(kind: type) -> tuple[types.FunctionType, ...]:
+    "The functions of a class and its bases, as far as somebody else than the great libraries wrote them"
+    found = [o for base in kind.__mro__ if not _is_known_name(base.__module__) for o in vars(base).values()]
+    found = [getattr(o, '__func__', None) or getattr(o, 'fget', None) or getattr(o, 'func', None) or o for o in found]
+    return tuple(o for o in found if isinstance(o, types.FunctionType))
+
+def _of_class(kind: type) -> list[Any]: return [*_methods(kind), *(f for f in getattr(kind, '_verbs', {}).get('encodes', ()) if not _is_known(f))]
 
 def find_generators(
     *roots: Any, # objects to look into

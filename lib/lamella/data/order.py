@@ -4,8 +4,9 @@
 
 # %% ../../../nbs/10_data/10_order.ipynb #c8553dc9
 from __future__ import annotations
+import copy
+import functools
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ..base.seeds import derive_seed, keep_random_states, seed_all
 from .generators import find_generators, keep_generators, seed_generators
 
 # %% auto #0
-__all__ = ['BatchPlan', 'Order', 'Shuffled', 'Weighted', 'Sampled', 'make_plans']
+__all__ = ['BatchPlan', 'Cuts', 'as_numbers', 'Order', 'Shuffled', 'Weighted', 'Sampled', 'choose_order', 'replaced_arguments']
 
 # %% ../../../nbs/10_data/10_order.ipynb #9172f427
 class BatchPlan(NamedTuple):
@@ -29,6 +30,29 @@ class BatchPlan(NamedTuple):
     spares: Sequence[int] = ()         # other samples of the epoch, to take the place of those that cannot be read
 
 # %% ../../../nbs/10_data/10_order.ipynb #1d6bcf1f
+class Cuts(Sequence):
+    "Samples in batches: a list of numbers is made of a batch when it is its turn"
+    def __init__(self,
+        order: Sequence[int], # the samples of an epoch
+        bs: int,              # samples a batch
+        n: int,               # how many batches
+    ): self.order, self.bs, self.n = order, bs, n
+
+    def __len__(self) -> int: return self.n
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice): return [self[i] for i in range(self.n)[k]]
+        first = range(self.n)[k] * self.bs
+        return as_numbers(self.order[first:first + self.bs])
+
+    def __eq__(self, other: object) -> bool: return isinstance(other, Sequence) and list(self) == list(other)
+
+def as_numbers(
+    found: Sequence[Any], # indices: an array, a range, a list
+) -> list[Any]:           # the same
+    "Indices as a list of Python's numbers"
+    return found.tolist() if isinstance(found, np.ndarray) else list(found)
+
 class Order:
     "One sample after the other"
     repeating = False # can a sample come more than once in an epoch?
@@ -46,17 +70,26 @@ class Order:
         epoch: int, # counted from 0; negative to look at something
     ) -> Sequence[int]: # indices of samples
         "The samples of an epoch"
-        return range(self.n) if not self.repeating else [i % self.size for i in range(self.n)]
+        return range(self.n) if not self.repeating else np.arange(self.n) % self.size
 
     def batches(self,
         seed: int,       # of the loader
         epoch: int,      # counted from 0
         bs: int,         # samples a batch
         drop_last: bool, # leave out a last batch that is not full (if there is another one)
-    ) -> list[list[int]]: # the indices of each batch
+    ) -> Sequence[Sequence[int]]: # the indices of each batch, cut off when they are asked for
         "The samples of an epoch, as batches"
-        order = self.draw(seed, epoch)
-        return [list(order[k * bs:(k + 1) * bs]) for k in range(self.count(bs, drop_last))]
+        return Cuts(self.draw(seed, epoch), bs, self.count(bs, drop_last))
+
+    def of_length(self,
+        n: int | None, # samples an epoch; as many as before if not given
+    ) -> Order:        # another one, or itself
+        "The same order with epochs of another length"
+        if n is None: return self
+        made = copy.copy(self)
+        Order.__init__(made, self.size, n)
+        made.repeating = made.repeating or self.repeating
+        return made
 
     def count(self,
         bs: int,         # samples a batch
@@ -68,17 +101,24 @@ class Order:
 
 class Shuffled(Order):
     "A new order each epoch; epochs of `n` samples go on where the one before ended, so that all samples come equally often"
+    def __init__(self,
+        size: int,            # samples in the dataset
+        n: int | None = None, # samples an epoch; all of them once if not given
+    ):
+        super().__init__(size, n)
+        self.repeating = bool(self.n and size % self.n) # then some epochs hold the end of one round and the beginning of the next
+
     def draw(self, seed: int, epoch: int) -> Sequence[int]:
         "The samples of an epoch"
         if self.n == self.size: return self._shuffle(seed, epoch)
         start = epoch * self.n
         rounds = range(start // self.size, (start + self.n - 1) // self.size + 1)
-        found = [i for k in rounds for i in self._shuffle(seed, k)]
+        found = np.concatenate([self._shuffle(seed, k) for k in rounds])
         return found[start - rounds[0] * self.size:][:self.n]
 
-    def _shuffle(self, seed: int, epoch: int) -> list[int]:
+    def _shuffle(self, seed: int, epoch: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 'order'))
-        return torch.randperm(self.size, generator=generator).tolist()
+        return torch.randperm(self.size, generator=generator).numpy()
 
 # %% ../../../nbs/10_data/10_order.ipynb #697705cd
 class Weighted(Order):
@@ -105,12 +145,17 @@ class Weighted(Order):
         ends = np.cumsum(self.weights[line])
         points = (np.arange(self.n) + rng.random()) / max(1, self.n) * (ends[-1] if self.size else 0)
         places = np.minimum(np.searchsorted(ends, points, side='right'), np.flatnonzero(self.weights[line]).max(initial=0))
-        return line[rng.permutation(places)].tolist()
+        return line[rng.permutation(places)]
 
 # %% ../../../nbs/10_data/10_order.ipynb #6ec7bfe3
 def _index(i: Any) -> Any:
     "An index as a number of Python; anything else (a key) as it is"
     return int(i) if isinstance(i, (np.integer, torch.Tensor)) else i
+
+def _as_array(found: list[Any]) -> Sequence[Any]:
+    "Indices as an array, if they are numbers; keys as they are"
+    if set(map(type, found)) != {int}: found = [_index(i) for i in found]
+    return np.array(found, dtype=np.int64) if set(map(type, found)) == {int} else found
 
 class Sampled(Order):
     "The indices that a sampler gives, anew each epoch"
@@ -128,8 +173,15 @@ class Sampled(Order):
     @property
     def n(self) -> int: # samples an epoch
         "How many samples an epoch has, as far as it is known before"
-        if self._n is not None or not self.in_batches: return len(self.sampler) if self._n is None else self._n
-        return len(self.sampler) * (getattr(self.sampler, 'batch_size', None) or 1)
+        given = len(self.sampler) * self._size_of_batch if hasattr(self.sampler, '__len__') else None
+        return min(o for o in (self._n, given) if o is not None)
+
+    @property
+    def _size_of_batch(self) -> int: return (getattr(self.sampler, 'batch_size', None) or 1) if self.in_batches else 1
+
+    def of_length(self, n: int | None) -> Order:
+        "The same sampler with epochs of another length"
+        return self if n is None else Sampled(self.sampler, n, self.in_batches)
 
     def _given(self, seed: int, epoch: int, most: int | None) -> list[Any]:
         "What the sampler gives, with all its randomness seeded"
@@ -143,8 +195,8 @@ class Sampled(Order):
     def draw(self, seed: int, epoch: int) -> Sequence[int]:
         "The samples of an epoch"
         if self.in_batches: return [i for batch in self.batches(seed, epoch, 1, False) for i in batch]
-        found = [_index(i) for i in self._given(seed, epoch, self._n)]
-        if not found and self.n: raise ValueError(f'the sampler {type(self.sampler).__name__} gave no index in epoch {epoch}: an iterator can be used only once, give something that can be iterated again')
+        found = _as_array(self._given(seed, epoch, self._n))
+        if not len(found) and self.n: raise ValueError(f'the sampler {type(self.sampler).__name__} gave no index in epoch {epoch}: an iterator can be used only once, give something that can be iterated again')
         return found
 
     def batches(self, seed: int, epoch: int, bs: int, drop_last: bool) -> list[list[int]]:
@@ -152,45 +204,37 @@ class Sampled(Order):
         if self.in_batches: return [[_index(i) for i in batch] for batch in self._given(seed, epoch, self._most_batches())]
         order = self.draw(seed, epoch)
         size = len(order) - (len(order) % bs if drop_last and len(order) > bs else 0)
-        return [list(order[k:k + bs]) for k in range(0, size, bs)]
+        return Cuts(order, bs, -(-size // bs))
 
     def _most_batches(self) -> int | None:
-        return None if self._n is None else -(-self._n // (getattr(self.sampler, 'batch_size', None) or 1))
+        return None if self._n is None else -(-self._n // self._size_of_batch)
 
     def count(self, bs: int, drop_last: bool) -> int:
         "How many batches an epoch has"
         if not self.in_batches: return super().count(bs, drop_last)
-        return len(self.sampler) if self._n is None else self._most_batches() or 0
+        return min(o for o in (self._most_batches(), len(self.sampler) if hasattr(self.sampler, '__len__') else None) if o is not None)
 
-# %% ../../../nbs/10_data/10_order.ipynb #365972c9
-_SPARES = 16 # at most so many are tried in place of a bad sample
+def choose_order(
+    size: int,           # samples in the dataset
+    shuffle: bool,       # a new order each epoch
+    sampler: Any,        # iterable of indices, or an `Order`
+    batch_sampler: Any,  # iterable of lists of indices
+    weights: Any,        # one for each sample
+    n: int | None,       # samples an epoch
+) -> Order:              # `ValueError` where two of the arguments decide
+    "What decides which samples an epoch has"
+    given = [name for name, o in (('sampler', sampler), ('batch_sampler', batch_sampler), ('weights', weights)) if o is not None]
+    if len(given) > 1: raise ValueError(f"{' and '.join(given)} cannot both decide the order: give one of them")
+    if isinstance(sampler, Order): return sampler.of_length(n)
+    if weights is not None and len(weights) != size: raise ValueError(f'there are {len(weights)} weights for {size} samples')
+    if weights is not None: return Weighted(weights, n)
+    if given: return Sampled(batch_sampler if sampler is None else sampler, n, in_batches=sampler is None)
+    return (Shuffled if shuffle else Order)(size, n)
 
-def make_plans(
-    order: Order,    # which samples
-    seed: int,       # of the loader
-    epoch: int,      # counted from 0
-    bs: int,         # samples a batch
-    drop_last: bool, # leave out a last batch that is not full
-    spares: bool = False, # with samples to take the place of bad ones
-) -> list[BatchPlan]: # one for each batch
-    "The plans of an epoch"
-    batches, seen = order.batches(seed, epoch, bs, drop_last), Counter()
-    everything = [i for batch in batches for i in batch] if spares else []
-    plans = []
-    for k, batch in enumerate(batches):
-        repeats = _repeats(batch, seen) if order.repeating else ()
-        plans.append(BatchPlan(seed, epoch, k, batch, repeats, _spares(everything, seed, epoch, k)))
-    return plans
-
-def _repeats(batch: list[int], seen: Counter) -> Sequence[int]:
-    "How often each index was drawn before"
-    counts = []
-    for i in batch:
-        counts.append(seen[i])
-        seen[i] += 1
-    return counts if any(counts) else ()
-
-def _spares(everything: list[int], seed: int, epoch: int, number: int) -> Sequence[int]:
-    if not everything: return ()
-    rng = np.random.default_rng(derive_seed(seed, epoch, 'spares', number))
-    return [everything[k] for k in rng.choice(len(everything), min(_SPARES, len(everything)), replace=False)]
+def replaced_arguments(
+    changes: dict[str, Any], # arguments of a loader that are to be others
+) -> list[str]:              # the length of an epoch is none of them
+    "The arguments that decided the order until now, where another one does from now on"
+    deciding = 'shuffle', 'sampler', 'batch_sampler', 'weights'
+    decided = 'shuffle' in changes or any(changes.get(o) is not None for o in deciding)
+    return [o for o in deciding if o not in changes] if decided else []

@@ -23,8 +23,12 @@ Splitter = Callable[[Any], tuple[L, L]]
 def as_indices(
     numbers: Any, # list, `L`, array or tensor of integers
 ) -> np.ndarray:  # int64; the same memory where it is one already
-    "Indices as an array"
-    return np.asarray(numbers.items if isinstance(numbers, L) else numbers, dtype=np.int64)
+    "Indices as an array; `ValueError` for those that count from the end, and for fractions"
+    found = np.asarray(numbers.items if isinstance(numbers, L) else numbers)
+    if found.dtype.kind == 'f' and (fractions := found[found != np.floor(found)]).size: raise ValueError(f'an index is a whole number, not {fractions.flat[0]:g}')
+    found = found.astype(np.int64, copy=False)
+    if found.size and found.min() < 0: raise ValueError(f'an index counts from 0: {found.min()} would be an item of another set too; say {found.min()} + the number of items')
+    return found
 
 # %% auto #0
 __all__ = ['Splitter', 'as_indices', 'RandomSplitter', 'IndexSplitter', 'EndSplitter', 'MaskSplitter', 'FuncSplitter',

@@ -5,7 +5,8 @@
 # %% ../../../nbs/40_learner/02_predicting.ipynb #e53cf05b
 from __future__ import annotations
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..base.nested import as_list, find_bs, map_nested, to_device
 from ..callbacks.gather import GatherPredsCallback
 from ..data.inference import InferencePipeline
 from ..data.loader import DataLoader
+from ..data.pipeline import DataError
 from ..data.types import TensorBase
 from .inference import Inference, Prediction
 from ..loop.recorder import Recorder
@@ -56,10 +58,11 @@ class Predicting(Fitting):
         act: Callable[[torch.Tensor], torch.Tensor] | None = None, # in place of the activation of the loss
         cbs: Any = None,                        # callbacks for this pass only
     ) -> tuple:                                 # (inputs,) predictions, targets (, decisions) (, losses)
-        "Predictions and targets of a loader, one for each of its samples, in their order; an item that cannot be read is an error here"
-        dl = self._in_order(self.dls[ds_idx] if dl is None else dl, all_items=True)
+        "Predictions and targets of a loader: one for each sample of its dataset, in their order, whatever `n` or weights say; an item that cannot be read is an error here"
+        given = self.dls[ds_idx] if dl is None else dl
+        dl = self._in_order(given, all_items=True)
         gather, output = GatherPredsCallback(with_input, with_loss), output_of_loss(self.loss_func)
-        with self.added_cbs([*as_list(cbs), gather]), self.removed_cbs(Recorder), self.no_bar(), self._unreduced(with_loss): self._pass_over(dl)
+        with self.added_cbs([*as_list(cbs), gather]), self.removed_cbs(Recorder), self.no_bar(), self._unreduced(with_loss), _hint_of_bad_items(given): self._pass_over(dl)
         found = gather.gathered()
         preds = map_nested(output.activation if act is None else act, found['preds'])
         result = [found['inputs']] if with_input else []
@@ -67,10 +70,10 @@ class Predicting(Fitting):
         return tuple(result + ([found['losses']] if with_loss else []))
 
     def _in_order(self, dl: Any, all_items: bool = False) -> Any:
-        "A loader of lamella, without shuffling and with all of its samples: none may be left out where each is to have its prediction"
+        "A loader of lamella, without shuffling; with all samples of its dataset where each is to have its prediction"
         if not isinstance(dl, DataLoader): return dl
-        tolerant = all_items and dl.on_error != 'raise'
-        return dl.new(shuffle=False, drop_last=False, split_idx=1, **({'on_error': 'raise'} if tolerant else {})) if dl.shuffle or dl.drop_last or tolerant else dl
+        if all_items: return dl.in_order(**({'on_error': 'raise'} if dl.on_error != 'raise' else {}))
+        return dl.in_order() if dl.shuffle or dl.drop_last else dl
 
     def _unreduced(self, wanted: bool) -> Any:
         "A block in which the loss is that of each sample"
@@ -139,6 +142,15 @@ class Predicting(Fitting):
         self.model.to(self.dls.device)
         with evaluating(self.model): pred = self.model(*to_device(self.split_batch_of(batch)[0], self.dls.device))
         return tuple(as_list(map_nested(lambda o: output.decodes(output.activation(o)), pred)))
+
+@contextmanager
+def _hint_of_bad_items(dl: Any) -> Iterator[None]:
+    "Say why an item that a loader would leave out stops predictions"
+    try: yield
+    except (DataError, OSError) as error:
+        if getattr(dl, 'on_error', 'raise') == 'raise': raise
+        raise DataError(f"{error}\n  Predictions need every item, so that on_error={dl.on_error!r} does not hold for them: leave the bad items out of the list before. "
+                        'verify_images lists the pictures that cannot be read, dls.failed_items() what failed in training.') from error
 
 class _Unreduced:
     "A block in which the loss of a learner is not averaged over the batch"
