@@ -66,8 +66,8 @@ class Decoding:
     after_item: Any
     after_batch: Any
     epoch: int
-    input_types: tuple[type | None, ...] | None  # of the fields, before `after_batch`
-    output_types: tuple[type | None, ...] | None # and after it
+    input_types: Any  # of the fields, before `after_batch`; `None` until they are known
+    output_types: Any # and after it
 
     def typed(self,
         batch: tuple, # as the loader gives it
@@ -83,7 +83,7 @@ class Decoding:
         "The samples of a batch on their way back: denormalised, with their labels as names"
         typed = to_device(b, 'cpu', non_blocking=False)
         decoded = self.after_batch.decode(self.typed(typed))
-        samples = [tuple(_element(field, i) for field in decoded) for i in range(min(max_n, find_bs(b)))]
+        samples = [_element(decoded, i) for i in range(min(max_n, find_bs(b)))]
         return [self.decode_sample(o) for o in samples]
 
     def decode_sample(self,
@@ -104,7 +104,8 @@ class Decoding:
         options = {k: kwargs.pop(k) for k in list(kwargs) if k not in _OF_GRID}
         if b is None and unique: b = self._unique_batch(max_n)
         samples = self.decode_batch(self.one_batch() if b is None else b, max_n)
-        if ctxs is None and hasattr(samples[0][0], 'contexts'): ctxs = samples[0][0].contexts(len(samples), **kwargs)
+        first = _fields(samples[0])[0]
+        if ctxs is None and hasattr(first, 'contexts'): ctxs = first.contexts(len(samples), **kwargs)
         for sample, ctx in zip(samples, ctxs or [None] * len(samples)): _show(sample, ctx, options)
 
     def _unique_batch(self, n: int) -> tuple:
