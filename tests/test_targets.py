@@ -329,3 +329,21 @@ def test_boxes_beside_a_class_of_the_image():
     box = TensorBBox(torch.tensor([[-.5, -.5, .5, .5]]))
     padded = bb_pad([(TensorImage(torch.zeros(3, 4, 4)), box, TensorCategory(torch.tensor(1)))])
     assert len(padded[0][1]) == 1 and int(padded[0][2]) == 1
+
+
+def test_two_targets_have_two_numbers_of_outputs(tmp_path):
+    from lamella.data.blocks import CategoryBlock, RegressionBlock
+    block = DataBlock(blocks=(TransformBlock(type_tfms=lambda o: torch.zeros(2)), CategoryBlock, RegressionBlock), n_inp=1, get_y=[lambda i: 'abc'[i % 3], float])
+    assert block.dataloaders(list(range(20)), bs=4, num_workers=0, device='cpu').c == [3, 1]
+
+
+def test_pictures_beside_each_other_and_grey_ones(tmp_path):
+    from lamella.vision.types import PILImageBW
+    for i in range(5): Image.new('RGB', (8, 8), (50 * i,) * 3).save(tmp_path/f'{i}.png')
+    block = DataBlock(blocks=(ImageBlock, ImageBlock(PILImageBW)), get_items=lambda p: sorted(p.glob('*.png')), get_y=lambda o: o)
+    dls = block.dataloaders(tmp_path, bs=4, num_workers=0, device='cpu', seed=1)
+    dls.show_batch(max_n=3, vmin=0, vmax=255, figsize=(4, 3))
+    shown = [ax for ax in plt.gcf().axes if ax.images]
+    assert len(shown) == 6 and shown[1].images[0].get_cmap().name == 'Greys'
+    assert shown[0].images[0].get_clim() == (0, 255)
+    plt.close('all')

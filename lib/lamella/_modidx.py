@@ -1012,6 +1012,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lamella.data.showing._element': ('10_data/showing.html#_element', 'lamella/data/showing.py'),
                                       'lamella.data.showing._fields': ('10_data/showing.html#_fields', 'lamella/data/showing.py'),
                                       'lamella.data.showing._kinds': ('10_data/showing.html#_kinds', 'lamella/data/showing.py'),
+                                      'lamella.data.showing._n_pictures': ('10_data/showing.html#_n_pictures', 'lamella/data/showing.py'),
                                       'lamella.data.showing._show': ('10_data/showing.html#_show', 'lamella/data/showing.py'),
                                       'lamella.data.showing.types_of': ('10_data/showing.html#types_of', 'lamella/data/showing.py'),
                                       'lamella.data.showing.with_types': ('10_data/showing.html#with_types', 'lamella/data/showing.py')},

@@ -244,9 +244,10 @@ class Datasets(MakesLoaders):
         return found[0] if len(found) == 1 else found or None
 
     @property
-    def c(self) -> int | None: # `None` if no transform knows
-        "How many outputs the model needs"
-        return self.find('c')
+    def c(self) -> Any: # `None` if no transform knows
+        "How many outputs the model needs; a list of them if several targets have a number"
+        found = [o for o in (self.find('c', i) for i in range(min(self.n_inp, len(self.fields) - 1), len(self.fields))) if o is not None]
+        return found[0] if len(found) == 1 else found or None
 
 def _is_table(items: Any) -> bool: return hasattr(items, 'columns') or hasattr(items, 'column_names')
 

@@ -121,4 +121,5 @@ def function_name(
     "A readable name for any callable"
     inner = getattr(func, 'func', func)
     name = getattr(inner, '__qualname__', None) or type(inner).__name__
+    if isinstance(getattr(inner, '__self__', None), type): name = f'{inner.__self__.__name__}.{inner.__name__}' # not the class that it was inherited from
     return name.replace('<locals>.', '')

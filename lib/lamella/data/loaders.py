@@ -81,7 +81,7 @@ class DataLoaders:
         return getattr(self.train_ds, 'vocab', None)
 
     @property
-    def c(self) -> int | None: # `None` if it is not known
+    def c(self) -> Any: # a number, or a list of them for several targets; `None` if it is not known
         "How many outputs the model needs"
         return getattr(self.train_ds, 'c', None)
 

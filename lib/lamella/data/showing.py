@@ -53,11 +53,16 @@ def _fields(sample: Any) -> Any:
 
 _OF_GRID = set('nrows ncols title figsize double imsize suptitle sharex sharey squeeze width_ratios height_ratios subplot_kw gridspec_kw dpi facecolor edgecolor layout'.split())
 
-def _show(sample: Any, ctx: Any, options: dict[str, Any] = {}) -> Any:
-    "Show each field of a sample on one context; `options` are for pictures"
-    for value in _fields(sample):
+def _n_pictures(sample: Any) -> int:
+    "How many of the fields need a place of their own; masks, points and labels are shown over or above a picture"
+    return max(1, sum(getattr(o, 'stands_alone', False) for o in _fields(sample)))
+
+def _show(sample: Any, ctxs: list, options: dict[str, Any]) -> None:
+    "Show each field of a sample, the first picture on the first context; `options` are for pictures"
+    ctx, *others = ctxs
+    for k, value in enumerate(_fields(sample)):
+        if k and getattr(value, 'stands_alone', False) and others: ctx = others.pop(0)
         if hasattr(value, 'show'): ctx = value.show(ctx=ctx, **(options if hasattr(value, '_show_args') else {}))
-    return ctx
 
 # %% ../../../nbs/10_data/15_showing.ipynb #0cae760e
 class Decoding:
@@ -104,9 +109,10 @@ class Decoding:
         options = {k: kwargs.pop(k) for k in list(kwargs) if k not in _OF_GRID}
         if b is None and unique: b = self._unique_batch(max_n)
         samples = self.decode_batch(self.one_batch() if b is None else b, max_n)
-        first = _fields(samples[0])[0]
-        if ctxs is None and hasattr(first, 'contexts'): ctxs = first.contexts(len(samples), **kwargs)
-        for sample, ctx in zip(samples, ctxs or [None] * len(samples)): _show(sample, ctx, options)
+        first, each = _fields(samples[0])[0], _n_pictures(samples[0])
+        if each > 1 and not {'nrows', 'ncols'} & kwargs.keys(): kwargs['ncols'] = each * max(1, int(len(samples)**0.5))
+        if ctxs is None and hasattr(first, 'contexts'): ctxs = first.contexts(len(samples) * each, **kwargs)
+        for k, sample in enumerate(samples): _show(sample, ctxs[k * each:(k + 1) * each] or ctxs[-1:] if ctxs else [None], options)
 
     def _unique_batch(self, n: int) -> tuple:
         "One sample `n` times, each with its own randomness"

@@ -85,7 +85,7 @@ def _keep_type(
 ) -> Any:                 # `result`, as the right type
     "Give `result` the type of `value`, if it has lost just that"
     if type(result) is type(value) and wanted is None: return result
-    if wanted is not None: return result if isinstance(result, wanted) else wanted.cast(result) # type: ignore[attr-defined]
+    if wanted is not None: return result if isinstance(result, wanted) else (type(value) if isinstance(value, wanted) else wanted).cast(result) # type: ignore[attr-defined]
     kind = type(value)
     return kind.cast(result) if hasattr(kind, 'cast') and isinstance(value, type(result)) else result
 

@@ -64,6 +64,7 @@ def vision_learner(
 def _outputs(dls: Any, n_out: int | None) -> int:
     "How many outputs the model needs"
     n_out = dls.c if n_out is None else n_out
+    if isinstance(n_out, list): raise ValueError(f'there are {len(n_out)} targets, which need {n_out} outputs: say with n_out=... how many the model has in all, and give a loss_func for them')
     if not n_out: raise ValueError('the number of outputs cannot be told from the data: give n_out=...')
     return n_out
 

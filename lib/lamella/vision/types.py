@@ -56,6 +56,7 @@ class PILBase(PILGeometry, Image.Image):
     "A PIL image that knows what it is, shows itself, and reads its file as late as it can"
     _open_args: dict[str, Any] = {'mode': None}  # arguments of `create`: the mode that files are converted to
     _show_args: dict[str, Any] = {}              # arguments of `show_image`
+    stands_alone = True                          # shown at a place of its own, not over another picture
     _resample = 0                                # 0: interpolated when resized, 1: never (index of `resamples`)
     _source: Any = None                          # path or bytes, as long as they are not read
     _opened: Any = None                          # (the open file, the process that opened it)
@@ -221,13 +222,14 @@ class PILImageBW(PILImage):
 class PILMask(PILBase):
     "A class for each pixel; becomes a `TensorMask`, and is never interpolated"
     _open_args, _show_args = {'mode': 'L'}, {'alpha': 0.5, 'cmap': 'tab20'}
-    _resample = 1
+    _resample, stands_alone = 1, False
     _to_mode = staticmethod(to_mask)
 
 # %% ../../../nbs/60_vision/03_types.ipynb #2f467974
 class TensorImageBase(TensorGeometry, TensorBase):
     "A picture as a tensor (c,h,w), or several as (n,c,h,w)"
     _show_args: dict[str, Any] = {'cmap': 'viridis'}
+    stands_alone = True # shown at a place of its own, not over another picture
 
     def show(self,
         ctx: Axes | None = None, # where to show; a new figure if not given
@@ -263,6 +265,7 @@ class TensorMask(TensorImageBase):
     "A class for each pixel (h,w)"
     _show_args = {'alpha': 0.5, 'cmap': 'tab20', 'interpolation': 'nearest'}
     codes: Sequence[Any] | None = None # the names of the classes, if they are known
+    stands_alone = False
     is_picture: bool = True            # a prediction is shown beside the target, not over it
 
     def show(self, ctx: Axes | None = None, **kwargs: Any) -> Axes: # the axes drawn on
