@@ -175,7 +175,7 @@ numbers = st.floats(-1, 1, allow_nan=False, width=32)
 @given(st.lists(numbers, min_size=6, max_size=6), st.integers(5, 12), st.integers(5, 12), st.sampled_from(PADS), st.booleans())
 def test_any_matrix(values, h, w, pad, align):
     "Affine matrices that are not singular"
-    m = np.array(values).reshape(2, 3) * 0.6 + [[1, 0, 0], [0, 1, 0]]
+    m = np.array(values).reshape(2, 3) * 0.6 + [[1, 0, 0.0137], [0, 1, 0.0137]] # a shift of just half a pixel leaves the nearest one open
     if abs(np.linalg.det(m[:, :2])) < 0.1: return
     batch = make_batch(h, w, n=1)
     matrix = torch.from_numpy(np.vstack([m, [0, 0, 1]]))[None]
