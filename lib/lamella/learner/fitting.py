@@ -159,9 +159,12 @@ class Fitting(TrainingLoop):
         "Train with a growing learning rate and suggest one; weights, optimizer, random state and loaders are put back bit for bit"
         self.model.to(self.dls.device) # moving it replaces its buffers
         before = Snapshot(self)
+        self.searching = True
         try:
             with self.no_logging(): self.fit(num_it // max(1, len(self.dls.train)) + 1, cbs=LRFinder(start_lr, end_lr, num_it, stop_div))
-        finally: before.restore()
+        finally:
+            self.searching = False
+            before.restore()
         lrs, losses = self._search_result()
         found = {f.__name__: f(lrs, losses) for f in as_list(suggest_funcs)}
         if show_plot: plot_lr_find(lrs, losses, found)

@@ -43,6 +43,8 @@ class Callback:
     run: bool = True        # set to False to be left out until the end of the fit
     run_train: bool = True  # called for training batches
     run_valid: bool = True  # called for validation batches
+    fit_only: bool = False  # left out of `lr_find`, `validate` and `get_preds`
+    remembers: tuple[str, ...] = () # names of the attributes that a checkpoint keeps: plain values, lists, dictionaries, tensors
     learn: Any              # the loop it belongs to: a `TrainingLoop`, almost always a `Learner`
 
     model = LoopState[nn.Module]('the model')
@@ -51,6 +53,7 @@ class Callback:
     loss_func = LoopState[Any]('the loss function')
     cbs = LoopState[list]('all callbacks')
     metrics = LoopState[list]('the metrics')
+    recorder = LoopState[Any]('the recorder')
     dl = LoopState[Any]('the loader of now')
     xb = LoopState[tuple]('the inputs of the batch')
     yb = LoopState[tuple]('the targets of the batch')
@@ -64,6 +67,7 @@ class Callback:
     train_iter = LoopState[int]('training batches done in this fit')
     pct_train = LoopState[float]('how much of this fit is done, 0 to 1')
     training = LoopState[bool]('is it a training batch?')
+    resuming = LoopState[bool]('does this fit go on where one was interrupted? Known from `before_fit` on')
 
     @property
     def x(self) -> Any: # a tensor, or a tuple of them
@@ -80,6 +84,16 @@ class Callback:
         for name in vars(cls):
             if re.match('(before|after|cleanup)_', name) and name not in EVENTS: raise AttributeError(
                 f"{cls.__name__}.{name} is named like an event, but there is none of this name.{did_you_mean(name, EVENTS)}")
+
+    def state_dict(self) -> dict[str, Any]: # plain values, lists, dictionaries, tensors
+        "What a checkpoint keeps of this callback: the attributes that `remembers` names"
+        return {name: getattr(self, name) for name in self.remembers if hasattr(self, name)}
+
+    def load_state_dict(self,
+        state: dict[str, Any], # from `state_dict`
+    ) -> None:
+        "Go on from a checkpoint; called after `before_fit`, `before_epoch` and `before_train` of the fit that goes on"
+        for name, value in state.items(): setattr(self, name, value)
 
     @property
     def name(self) -> str: # the learner has the callback under this name

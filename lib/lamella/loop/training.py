@@ -35,6 +35,8 @@ class TrainingLoop:
     pct_train: float = 0.
     fitting: bool = False         # between before_fit and cleanup_fit
     only_validating: bool = False # a pass without training: `validate`, `get_preds`
+    searching: bool = False       # a search for a learning rate
+    resuming: bool = False        # going on where a fit was interrupted
 
     def __init__(self,
         dls: Any,                                # `.train` and `.valid` are loaders
@@ -45,7 +47,7 @@ class TrainingLoop:
     ):
         self.dls, self.model, self.loss_func, self.opt = dls, model, loss_func, opt
         self.cbs: list[Callback] = []
-        self._tables: dict[bool, dict[str, list]] = {}
+        self._tables: dict[tuple, dict[str, list]] = {}
         self.add_cbs(cbs)
 
     # ---- the verbs
@@ -220,13 +222,14 @@ class TrainingLoop:
 
     def _table(self) -> dict[str, list]:
         "For each event the methods to call; made once after the callbacks changed"
-        if not self._tables: self._tables = {training: self._make_table(training) for training in (True, False)}
-        return self._tables[self.training]
+        key = self.training, self.only_validating or self.searching
+        if key not in self._tables: self._tables[key] = self._make_table(*key)
+        return self._tables[key]
 
-    def _make_table(self, training: bool) -> dict[str, list]:
+    def _make_table(self, training: bool, aside: bool) -> dict[str, list]:
         inner = set(EVENTS[EVENTS.index('before_batch'):EVENTS.index('cleanup_batch') + 1])
         wanted = lambda cb, event: event not in inner or (cb.run_train if training else cb.run_valid)
-        ordered = sorted(self.cbs, key=lambda cb: cb.order)
+        ordered = sorted((cb for cb in self.cbs if not (aside and cb.fit_only)), key=lambda cb: cb.order)
         return {event: [(cb, getattr(cb, event)) for cb in ordered if hasattr(cb, event) and wanted(cb, event)] for event in EVENTS}
 
     def add_cbs(self,
