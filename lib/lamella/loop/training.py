@@ -13,7 +13,7 @@ from torch import nn
 from ..base.errors import add_context, describe_value
 from ..base.nested import as_list, to_device
 from .callback import Callback
-from .named import TARGET_NAMES, OwnLoss, call_named, main_output
+from .named import TARGET_NAMES, OwnLoss, call_named, main_output, split_named
 from .state import restore_loop
 from .events import (EVENTS, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
     CancelStepException, CancelTrainException, CancelValidException)
