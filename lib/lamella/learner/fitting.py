@@ -63,6 +63,7 @@ class Fitting(Resuming):
 
     def _ready(self, lr: Any = None, wd: float | None = None, reset_opt: bool = False) -> None:
         "An optimizer with these hyper-parameters, and the model on its device"
+        _check_rate(lr)
         if self.opt is None or reset_opt: self.create_opt()
         self.model.to(self.dls.device)
         self.opt.set_hyper('lr', self.lr if lr is None else lr)
@@ -207,12 +208,22 @@ class Fitting(Resuming):
         "A block without progress bars and tables; rows are printed"
         return self.removed_cbs(ProgressCallback)
 
+    def no_mbar(self) -> Any: # for `with`
+        "The same: fastai has a bar of bars, lamella one bar"
+        return self.no_bar()
+
     @contextmanager
     def no_logging(self) -> Iterator[TrainingLoop]: # itself
         "A block that prints no rows"
         before, self.logger = self.logger, ignore_row
         try: yield self
         finally: self.logger = before
+
+def _check_rate(lr: Any) -> None:
+    "`TypeError` for what is no learning rate"
+    values = [o for o in (lr.start, lr.stop) if o is not None] if isinstance(lr, slice) else 0. if lr is None else lr
+    try: np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error: raise TypeError(f'a learning rate is a number, a list with one for each parameter group, or slice(first, last), not {lr!r}') from error
 
 def _suggested_lrs(found: dict[str, float]) -> Any:
     "A named tuple, as fastai returns it"

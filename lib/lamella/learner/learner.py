@@ -17,6 +17,7 @@ from ..callbacks.progress import ProgressCallback
 from ..data.loaders import DataLoaders
 from .predicting import Predicting
 from .saving import Saving
+from ..loop.named import OwnLoss, computes_loss
 from ..loop.recorder import Recorder
 from ..losses import loss_of_task
 from ..metrics import mk_metric
@@ -48,12 +49,18 @@ class Learner(Predicting, Saving):
         train_bn: bool = True,                        # train normalisation layers of frozen groups, too
         moms: tuple[float, float, float] = (0.95, 0.85, 0.95), # momentum of one cycle
         default_cbs: bool = True,                     # add `DEFAULT_CALLBACKS`
+        target_names: Sequence[str] | None = None,    # which entries are targets, if batches are dictionaries; those named label(s), target(s) or y if not given
     ):
         if not hasattr(dls, 'train'): dls = DataLoaders(*as_list(dls))
         elif not isinstance(dls, DataLoaders): dls = DataLoaders(dls.train, dls.valid)
         self.opt_func, self.lr, self.splitter, self.metrics = opt_func, lr, splitter, [mk_metric(o) for o in as_list(metrics)]
         self.path, self.model_dir = Path(getattr(dls, 'path', '.') if path is None else path), model_dir
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
-        loss_func = loss_of_task(getattr(dls, 'task', None)) if loss_func is None else loss_func() if isinstance(loss_func, type) else loss_func
+        if target_names is not None: self.target_names = tuple(target_names)
+        loss_func = self._default_loss(dls, model) if loss_func is None else loss_func() if isinstance(loss_func, type) else loss_func
         if isinstance(loss_func, nn.Module): loss_func.to(dls.device)
         super().__init__(dls, model, loss_func, cbs=[*(DEFAULT_CALLBACKS if default_cbs else []), *as_list(cbs)])
+
+    def _default_loss(self, dls: DataLoaders, model: nn.Module) -> Any:
+        "The loss of the data's task, or the one that the model computes itself"
+        return OwnLoss() if dls.task is None and computes_loss(model) else loss_of_task(dls.task)

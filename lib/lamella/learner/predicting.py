@@ -5,8 +5,9 @@
 # %% ../../../nbs/40_learner/03_predicting.ipynb #e53cf05b
 from __future__ import annotations
 import inspect
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -56,17 +57,28 @@ class Predicting(Fitting):
         with_decoded: bool = False,             # the decisions, too
         with_loss: bool = False,                # the loss of each sample, too
         act: Callable[[torch.Tensor], torch.Tensor] | None = None, # in place of the activation of the loss
+        inner: bool = False,                    # fastai's way to say that it is called within a fit, which is found out here
+        reorder: bool = True,                   # in the order of the dataset, each sample once; otherwise as the loader gives them
         cbs: Any = None,                        # callbacks for this pass only
+        save_preds: str | os.PathLike | None = None, # folder for what the model returns, one file a batch
+        save_targs: str | os.PathLike | None = None, # folder for the targets, one file a batch
+        with_preds: bool = True,                # the predictions; `None` in their place otherwise
+        with_targs: bool = True,                # the targets; `None` in their place otherwise
+        concat_dim: int = 0,                    # dimension along which batches are joined
     ) -> tuple:                                 # (inputs,) predictions, targets (, decisions) (, losses)
         "Predictions and targets of a loader: one for each sample of its dataset, in their order, whatever `n` or weights say; an item that cannot be read is an error here"
         given = self.dls[ds_idx] if dl is None else dl
-        dl = self._in_order(given, all_items=True)
-        gather, output = GatherPredsCallback(with_input, with_loss), output_of_loss(self.loss_func)
-        with self.added_cbs([*as_list(cbs), gather]), self.removed_cbs(Recorder), self.no_bar(), self._unreduced(with_loss), _hint_of_bad_items(given): self._pass_over(dl)
-        found = gather.gathered()
-        preds = map_nested(output.activation if act is None else act, found['preds'])
+        dl = self._in_order(given, all_items=True) if reorder else given.new(drop_last=False) if getattr(given, 'drop_last', False) else given
+        gather = GatherPredsCallback(with_input, with_loss, with_preds, with_targs, save_preds, save_targs, concat_dim)
+        with self.added_cbs([*as_list(cbs), gather]), self.removed_cbs(Recorder), self.no_bar(), _hint_of_bad_items(given):
+            with self.loss_not_reduced() if with_loss else nullcontext(): self._pass_over(dl)
+        return self._results(gather, act, with_input, with_decoded, with_loss)
+
+    def _results(self, gather: GatherPredsCallback, act: Any, with_input: bool, with_decoded: bool, with_loss: bool) -> tuple:
+        found, output = gather.gathered(), output_of_loss(self.loss_func)
+        preds = None if found['preds'] is None else map_nested(output.activation if act is None else act, found['preds'])
         result = [found['inputs']] if with_input else []
-        result += [preds, found['targets']] + ([map_nested(output.decodes, preds)] if with_decoded else [])
+        result += [preds, found['targets']] + ([None if preds is None else map_nested(output.decodes, preds)] if with_decoded else [])
         return tuple(result + ([found['losses']] if with_loss else []))
 
     def _in_order(self, dl: Any, all_items: bool = False) -> Any:
@@ -75,9 +87,9 @@ class Predicting(Fitting):
         if all_items: return dl.in_order(**({'on_error': 'raise'} if dl.on_error != 'raise' else {}))
         return dl.in_order() if dl.shuffle or dl.drop_last else dl
 
-    def _unreduced(self, wanted: bool) -> Any:
-        "A block in which the loss is that of each sample"
-        return _Unreduced(self, wanted)
+    def loss_not_reduced(self) -> Any: # for `with`
+        "A block in which the loss is that of each sample, not their mean"
+        return _Unreduced(self)
 
     # ---- items
 
@@ -154,10 +166,9 @@ def _hint_of_bad_items(dl: Any) -> Iterator[None]:
 
 class _Unreduced:
     "A block in which the loss of a learner is not averaged over the batch"
-    def __init__(self, learn: Any, wanted: bool): self.learn, self.wanted, self.before = learn, wanted, learn.loss_func
+    def __init__(self, learn: Any): self.learn, self.before = learn, learn.loss_func
 
     def __enter__(self) -> None:
-        if not self.wanted: return
         if hasattr(self.before, 'reduction'): self.reduction, self.before.reduction = self.before.reduction, 'none'
         elif 'reduction' in inspect.signature(self.before).parameters: self.learn.loss_func = partial(self.before, reduction='none')
         else: raise TypeError(f"the loss of each sample is wanted, but {self.before} has no 'reduction': give it one, or use a loss of torch.nn")
