@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/12_optim/01_optimizer.ipynb #b3cabfa4
 from __future__ import annotations
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,10 +20,16 @@ __all__ = ['BETAS', 'SMALL', 'SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc'
 BETAS: dict[str, str] = {'betas__0': 'mom', 'betas__1': 'sqr_mom'}
 SMALL = 100_000 # parameters; below it a step costs more in Python than in arithmetic
 
-def _kernel(params: list[list], on_cpu: bool = True) -> dict[str, bool]:
+def _is_small(lists: list[list]) -> bool: return sum(p.numel() for group in lists for p in group) < SMALL
+
+def _fused(lists: list[list], on_cpu: bool = True) -> dict[str, bool]:
     "`fused=True` where PyTorch has one kernel for all parameters, and it is faster"
-    kinds = {(p.device.type, p.is_floating_point()) for group in params for p in group}
+    kinds = {(p.device.type, p.is_floating_point()) for group in lists for p in group}
     return {'fused': True} if (on_cpu and kinds <= {('cpu', True)}) or kinds <= {('cuda', True)} else {}
+
+def _over_lists(lists: list[list], opt: Any) -> dict[str, bool]:
+    "`foreach=True` where it is faster; or else PyTorch and timm decide"
+    return {'foreach': True} if _is_small(lists) and 'foreach' in inspect.signature(opt).parameters else {}
 
 def _without_mom(mom: float) -> dict[str, str]:
     "No momentum at all if there is none at the beginning, whatever a schedule says: as in fastai"
@@ -37,7 +44,7 @@ def SGD(
 ) -> Optimizer:                # over `torch.optim.SGD`
     "Stochastic gradient descent with momentum"
     lists = as_param_lists(params)
-    return Optimizer(lists, torch.optim.SGD, _without_mom(mom), decouple_wd, _kernel(lists, on_cpu=False), lr=lr, mom=mom, wd=wd)
+    return Optimizer(lists, torch.optim.SGD, _without_mom(mom), decouple_wd, _fused(lists, on_cpu=bool(mom)), lr=lr, mom=mom, wd=wd)
 
 def RMSProp(
     params: Iterable[Any],     # parameters, or lists of parameters
@@ -62,8 +69,8 @@ def Adam(
 ) -> Optimizer:                # over `torch.optim.AdamW` or `torch.optim.Adam`
     "Adam (Kingma & Ba, 2015, arXiv:1412.6980)"
     lists = as_param_lists(params)
-    here = decouple_wd and sum(p.numel() for group in lists for p in group) < SMALL
-    return Optimizer(lists, torch.optim.AdamW if decouple_wd else torch.optim.Adam, decouple_wd=here, options=_kernel(lists), lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    here = decouple_wd and _is_small(lists)
+    return Optimizer(lists, torch.optim.AdamW if decouple_wd else torch.optim.Adam, decouple_wd=here, options=_fused(lists), lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 def RAdam(
     params: Iterable[Any],     # parameters, or lists of parameters
@@ -77,8 +84,9 @@ def RAdam(
 ) -> Optimizer:                # over `torch.optim.RAdam`, or our `SoftRAdam`
     "Adam with a rectified beginning (Liu et al., 2020, arXiv:1908.03265)"
     shared = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
-    if beta: return Optimizer(params, SoftRAdam, decouple_wd=decouple_wd, **shared, beta=beta)
-    return Optimizer(params, torch.optim.RAdam, decouple_wd=decouple_wd, options=dict(foreach=True), **shared)
+    lists = as_param_lists(params)
+    if beta: return Optimizer(lists, SoftRAdam, decouple_wd=decouple_wd, **shared, beta=beta)
+    return Optimizer(lists, torch.optim.RAdam, decouple_wd=decouple_wd, options=_over_lists(lists, torch.optim.RAdam), **shared)
 
 def QHAdam(
     params: Iterable[Any],     # parameters, or lists of parameters
@@ -106,8 +114,9 @@ def Larc(
 ) -> Optimizer:                # over `timm.optim.Lars`
     "A learning rate for each layer, from the sizes of weights and gradients (You et al., 2017, arXiv:1708.03888)"
     from timm.optim import Lars
-    options = dict(trust_clip=clip, always_adapt=True)
-    return Optimizer(params, Lars, _without_mom(mom), decouple_wd, options, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
+    lists = as_param_lists(params)
+    options = dict(trust_clip=clip, always_adapt=True) | _over_lists(lists, Lars)
+    return Optimizer(lists, Lars, _without_mom(mom), decouple_wd, options, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
 
 def Lamb(
     params: Iterable[Any],     # parameters, or lists of parameters
@@ -120,7 +129,9 @@ def Lamb(
 ) -> Optimizer:                # over `timm.optim.Lamb`
     "Adam with a step for each layer in relation to its size (You et al., 2020, arXiv:1904.00962)"
     from timm.optim import Lamb as Layerwise
-    return Optimizer(params, Layerwise, decouple_wd=decouple_wd, options=dict(max_grad_norm=None, always_adapt=True), lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    lists = as_param_lists(params)
+    options = dict(max_grad_norm=None, always_adapt=True) | _over_lists(lists, Layerwise)
+    return Optimizer(lists, Layerwise, decouple_wd=decouple_wd, options=options, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 def Lion(
     params: Iterable[Any], # parameters, or lists of parameters
