@@ -160,7 +160,7 @@ class TrainingLoop:
         finally:
             self.only_validating = False
             for name, value in before.items(): setattr(self, name, value)
-            if self.fitting: self.model.train(self.training)
+            if self.fitting: self.set_mode(self.training)
 
     def _all_epochs(self) -> None:
         for self.epoch in range(self._start_epoch, self.n_epoch): self._stage('epoch', CancelEpochException, self._one_epoch)
@@ -183,6 +183,12 @@ class TrainingLoop:
 
     def _enter(self, training: bool, dl: Any) -> None:
         self.training, self.dl = training, dl
+        self.set_mode(training)
+
+    def set_mode(self,
+        training: bool, # or evaluating
+    ) -> None:
+        "Put the model into training or evaluation mode"
         self.model.train(training)
 
     def _all_batches(self) -> None:
