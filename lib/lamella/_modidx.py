@@ -1842,6 +1842,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'lamella/optim/grouped.py'),
                                        'lamella.optim.grouped.differences': ( '12_optim/grouped.html#differences',
                                                                               'lamella/optim/grouped.py'),
+                                       'lamella.optim.grouped.fill_momentum': ( '12_optim/grouped.html#fill_momentum',
+                                                                                'lamella/optim/grouped.py'),
                                        'lamella.optim.grouped.spread': ('12_optim/grouped.html#spread', 'lamella/optim/grouped.py')},
             'lamella.optim.optimizer': { 'lamella.optim.optimizer.Adam': ('12_optim/optimizer.html#adam', 'lamella/optim/optimizer.py'),
                                          'lamella.optim.optimizer.Adan': ('12_optim/optimizer.html#adan', 'lamella/optim/optimizer.py'),

@@ -17,7 +17,7 @@ from ..base.nested import is_listy
 from ..base.registry import did_you_mean
 
 # %% auto #0
-__all__ = ['pytorch_hp_map', 'as_param_lists', 'spread', 'Hyper', 'Optimizer', 'differences', 'OptimWrapper']
+__all__ = ['pytorch_hp_map', 'as_param_lists', 'spread', 'Hyper', 'Optimizer', 'fill_momentum', 'differences', 'OptimWrapper']
 
 # %% ../../../nbs/12_optim/10_grouped.ipynb #df699d1e
 pytorch_hp_map: dict[str, str] = {'momentum': 'mom', 'weight_decay': 'wd', 'alpha': 'sqr_mom', 'betas__0': 'mom', 'betas__1': 'sqr_mom'}
@@ -110,7 +110,9 @@ class Optimizer:
 
     def _listen(self) -> None:
         "Hear of PyTorch's steps"
-        self._handles = [self.opt.register_step_pre_hook(self._decay)] if self._decays_here else []
+        fused_sgd = isinstance(self.opt, torch.optim.SGD) and self.opt.defaults.get('fused')
+        before = [self._decay] * self._decays_here + [fill_momentum] * bool(fused_sgd)
+        self._handles = [self.opt.register_step_pre_hook(o) for o in before]
 
     def __setstate__(self, state: dict[str, Any]) -> None: # PyTorch's copies have no hooks
         vars(self).update(state)
@@ -282,6 +284,15 @@ class Optimizer:
         self.frozen_idx = sd['frozen_idx']
         for group, trains in zip(self.param_lists, sd['trains']):
             for p, trainable in zip(group, trains): _set_trainable(p, trainable)
+
+def fill_momentum(
+    opt: torch.optim.Optimizer, # `torch.optim.SGD`
+    *args: Any,                 # not used
+) -> None:
+    "Begin with a momentum of 0, which is no other than PyTorch's beginning; its fused kernel fails if some parameters of a group have begun, and others were frozen"
+    for group in opt.param_groups:
+        for p in group['params'] if group['momentum'] else ():
+            if p.grad is not None and not opt.state.get(p): opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
 
 def _set_trainable(p: Parameter, trainable: bool) -> None:
     if p.is_floating_point() or p.is_complex(): p.requires_grad_(trainable)
