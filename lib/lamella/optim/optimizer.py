@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .grouped import Optimizer, OptimWrapper, as_param_lists, pytorch_hp_map, spread
+from .grouped import Optimizer, OptimWrapper
+from .hypers import as_param_lists
 from .own import QuasiHyperbolicAdam, SoftRAdam
 
 # %% auto #0
