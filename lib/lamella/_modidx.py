@@ -1757,6 +1757,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'lamella.optim.grouped.OptimWrapper.__init__': ( '12_optim/grouped.html#optimwrapper.__init__',
                                                                                         'lamella/optim/grouped.py'),
                                        'lamella.optim.grouped.Optimizer': ('12_optim/grouped.html#optimizer', 'lamella/optim/grouped.py'),
+                                       'lamella.optim.grouped.Optimizer.__getstate__': ( '12_optim/grouped.html#optimizer.__getstate__',
+                                                                                         'lamella/optim/grouped.py'),
                                        'lamella.optim.grouped.Optimizer.__init__': ( '12_optim/grouped.html#optimizer.__init__',
                                                                                      'lamella/optim/grouped.py'),
                                        'lamella.optim.grouped.Optimizer.__repr__': ( '12_optim/grouped.html#optimizer.__repr__',

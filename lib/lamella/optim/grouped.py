@@ -54,8 +54,12 @@ class Optimizer:
         before = [self._decay] * self._decays_here + [fill_momentum] * bool(fused_sgd)
         self._handles = [self.opt.register_step_pre_hook(o) for o in before]
 
-    def __setstate__(self, state: dict[str, Any]) -> None: # PyTorch's copies have no hooks
-        vars(self).update(state)
+    def __getstate__(self) -> dict[str, Any]: # a copy has other parameters, and PyTorch's copies have no hooks
+        chosen = {name: [p for group in self.param_lists for p in group if id(p) in getattr(self, name)] for name in ('_no_decay', '_always')}
+        return {k: v for k, v in vars(self).items() if k != '_handles'} | chosen
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, **{name: {id(p) for p in state[name]} for name in ('_no_decay', '_always')})
         self._listen()
 
     def __repr__(self) -> str:

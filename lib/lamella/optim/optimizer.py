@@ -169,9 +169,9 @@ class Lookahead(Optimizer):
     ):
         if k < 1 or not 0 <= alpha <= 1: raise ValueError(f'k is at least 1 and alpha from 0 to 1, not {k} and {alpha}')
         for handle in opt._handles: handle.remove()
-        self.k, self.alpha, self._new = k, alpha, []
-        opt.opt.param_groups[0].setdefault('lookahead_step', 0)
-        self.__setstate__(vars(opt))
+        vars(self).update(vars(opt), k=k, alpha=alpha, _new=[])
+        self.opt.param_groups[0].setdefault('lookahead_step', 0)
+        self._listen()
 
     def _listen(self) -> None:
         remember = self.opt.register_step_pre_hook(self._remember) # before the decay
