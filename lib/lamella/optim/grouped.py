@@ -50,13 +50,17 @@ class Optimizer:
 
     def _listen(self) -> None:
         "Hear of PyTorch's steps"
+        for handle in vars(self).get('_handles', ()): handle.remove()
+        self._handles = [self.opt.register_step_pre_hook(o) for o in self._before_step()]
+        self._views = [Hyper(self, k) for k in range(len(self.param_lists))]
+
+    def _before_step(self) -> list:
         fused_sgd = isinstance(self.opt, torch.optim.SGD) and self.opt.defaults.get('fused')
-        before = [self._decay] * self._decays_here + [fill_momentum] * bool(fused_sgd)
-        self._handles = [self.opt.register_step_pre_hook(o) for o in before]
+        return [self._decay] * self._decays_here + [fill_momentum] * bool(fused_sgd)
 
     def __getstate__(self) -> dict[str, Any]: # a copy has other parameters, and PyTorch's copies have no hooks
         chosen = {name: [p for group in self.param_lists for p in group if id(p) in getattr(self, name)] for name in ('_no_decay', '_always')}
-        return {k: v for k, v in vars(self).items() if k != '_handles'} | chosen
+        return {k: v for k, v in vars(self).items() if k not in ('_handles', '_views')} | chosen
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, **{name: {id(p) for p in state[name]} for name in ('_no_decay', '_always')})
@@ -143,7 +147,7 @@ class Optimizer:
     @property
     def hypers(self) -> list[Hyper]: # to be read and written
         "The hyper-parameters of each list"
-        return [Hyper(self, k) for k in range(len(self.param_lists))]
+        return self._views
 
     def _check_name(self, name: str) -> None:
         if name not in self._places: raise KeyError(f"this optimizer has no '{name}'.{did_you_mean(name, self._places)} It has {', '.join(self._places)}")

@@ -52,8 +52,9 @@ class Hyper(MutableMapping):
     ): self._owner, self._k = owner, k
 
     def __getitem__(self, name: str) -> Any:
-        key, place = self._owner._places[name]
-        value = self._owner._groups_of(self._k)[0][key]
+        owner = self._owner
+        key, place = owner._places[name]
+        value = owner.opt.param_groups[owner._members[self._k][0]][key]
         return value if place is None else value[place]
 
     def __setitem__(self, name: str, value: Any) -> None:

@@ -168,15 +168,15 @@ class Lookahead(Optimizer):
         alpha: float = 0.5, # how far the copy goes towards the weights
     ):
         if k < 1 or not 0 <= alpha <= 1: raise ValueError(f'k is at least 1 and alpha from 0 to 1, not {k} and {alpha}')
-        for handle in opt._handles: handle.remove()
         vars(self).update(vars(opt), k=k, alpha=alpha, _new=[])
         self.opt.param_groups[0].setdefault('lookahead_step', 0)
         self._listen()
 
     def _listen(self) -> None:
-        remember = self.opt.register_step_pre_hook(self._remember) # before the decay
         super()._listen()
-        self._handles += [remember, self.opt.register_step_post_hook(self._look)]
+        self._handles.append(self.opt.register_step_post_hook(self._look))
+
+    def _before_step(self) -> list: return [self._remember, *super()._before_step()]
 
     @property
     def _kind(self) -> str: return f'Lookahead of {super()._kind}'
