@@ -18,6 +18,7 @@ from ..data.loaders import DataLoaders
 from .predicting import Predicting
 from .saving import Saving
 from ..loop.named import OwnLoss, computes_loss
+from .strategies import Strategies
 from ..loop.recorder import Recorder
 from ..losses import loss_of_task
 from ..metrics import mk_metric
@@ -30,7 +31,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/05_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(Predicting, Saving):
+class Learner(Predicting, Strategies, Saving):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,

@@ -172,7 +172,7 @@ class TrainingLoop:
             self.only_validating = False
             for name, value in before.items(): setattr(self, name, value)
             self._listen()
-            if self.fitting: self.model.train(self.training)
+            if self.fitting: self.set_mode(self.training)
 
     def _all_epochs(self) -> None:
         if self._state is not None: self._start_epoch = self._state['position']['epoch']
@@ -198,6 +198,12 @@ class TrainingLoop:
     def _enter(self, training: bool, dl: Any) -> None:
         self.training, self.dl = training, dl
         self._listen()
+        self.set_mode(training)
+
+    def set_mode(self,
+        training: bool, # or evaluating
+    ) -> None:
+        "Put the model into training or evaluation mode"
         self.model.train(training)
 
     def _go_on(self) -> int: # batches of this epoch that were done before

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/12_optim/00_schedules.ipynb #d7560cc4
 from __future__ import annotations
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import numpy as np
 Schedule = Callable[[float], Any]
 
 # %% auto #0
-__all__ = ['Schedule', 'SchedLin', 'SchedCos', 'SchedNo', 'SchedExp', 'SchedPoly', 'CombinedScheds', 'combine_scheds',
-           'combined_cos']
+__all__ = ['Schedule', 'SchedLin', 'SchedCos', 'SchedNo', 'SchedExp', 'SchedPoly', 'Annealer', 'annealer', 'sched_lin',
+           'sched_cos', 'sched_no', 'sched_exp', 'CombinedScheds', 'combine_scheds', 'combined_cos']
 
 # %% ../../../nbs/12_optim/00_schedules.ipynb #50cf10a0
 @dataclass(frozen=True)
@@ -58,6 +59,40 @@ class SchedPoly:
     power: float # of the progress
 
     def __call__(self, pos: float) -> Any: return self.start + (self.end - self.start) * pos ** self.power
+
+# %% ../../../nbs/12_optim/00_schedules.ipynb #e28adfd9
+@dataclass(frozen=True)
+class Annealer:
+    "A formula with its first and last value"
+    formula: Callable[[Any, Any, float], Any] # of start, end and progress
+    start: Any # value at 0
+    end: Any   # value at 1
+
+    def __call__(self, pos: float) -> Any: return self.formula(self.start, self.end, pos)
+
+def annealer(
+    f: Callable[[Any, Any, float], Any], # of start, end and progress
+) -> Callable[[Any, Any], Annealer]:     # of start and end
+    "Decorator: `f(start, end, pos)` becomes a function that makes a schedule of `start` and `end`"
+    @functools.wraps(f)
+    def _made(start: Any, end: Any) -> Annealer: return Annealer(f, start, end)
+    return _made
+
+def sched_lin(start: Any, end: Any, pos: float) -> Any:
+    "A straight line, at `pos`"
+    return SchedLin(start, end)(pos)
+
+def sched_cos(start: Any, end: Any, pos: float) -> Any:
+    "Half a cosine, at `pos`"
+    return SchedCos(start, end)(pos)
+
+def sched_no(start: Any, end: Any, pos: float) -> Any:
+    "`start`, whatever `pos` is"
+    return start
+
+def sched_exp(start: Any, end: Any, pos: float) -> Any:
+    "Equal factors, at `pos`"
+    return SchedExp(start, end)(pos)
 
 # %% ../../../nbs/12_optim/00_schedules.ipynb #79de7826
 @dataclass(frozen=True)
