@@ -37,6 +37,7 @@ class TrainingLoop:
     only_validating: bool = False # a pass without training: `validate`, `get_preds`
     searching: bool = False       # a search for a learning rate
     resuming: bool = False        # going on where a fit was interrupted
+    phase: int = 0                # of a training of several fits, such as `fine_tune`: what callbacks keep is not begun anew from 1 on
 
     def __init__(self,
         dls: Any,                                # `.train` and `.valid` are loaders
