@@ -16,6 +16,11 @@ from ..loop.callback import Callback
 __all__ = ['EMACallback']
 
 # %% ../../../nbs/30_callbacks/22_averaging.ipynb #eeeb1bdf
+def _inner(model: Any) -> nn.Module:
+    "The model inside of what distribution and compilation wrap around it"
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, '_orig_mod'): model = getattr(model, '_orig_mod', None) or model.module
+    return model
+
 class EMACallback(Callback):
     "Keeps an exponential moving average of weights and buffers; the validation and the end of the training have the average (Polyak & Juditsky, 1992)"
     order, run_valid, fit_only = 30, False, True
@@ -36,7 +41,8 @@ class EMACallback(Callback):
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         "Everything that is averaged, by name"
-        return {name: o.detach() for name, o in [*self.model.named_parameters(), *self.model.named_buffers()] if o.is_floating_point()}
+        model = _inner(self.model)
+        return {name: o.detach() for name, o in [*model.named_parameters(), *model.named_buffers()] if o.is_floating_point()}
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -70,7 +76,7 @@ class EMACallback(Callback):
 
     def _prepare(self) -> None:
         "What changes in this fit: buffers, and parameters that are not frozen"
-        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        frozen = {name for name, p in _inner(self.model).named_parameters() if not p.requires_grad}
         self._moving = {name: o for name, o in self._tensors().items() if name not in frozen}
 
     def before_batch(self) -> None: self._put(averaged=False)

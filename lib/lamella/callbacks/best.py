@@ -35,6 +35,7 @@ class SaveModelCallback(TrackerCallback):
         self.saved_best, self.best_epoch, self.epochs_before, self.ended = False, 0, 0, False
 
     def before_fit(self) -> None:
+        if not hasattr(self.learn, 'save'): raise TypeError(f'SaveModelCallback needs something that can save and load, such as a Learner; a {type(self.learn).__name__} cannot')
         if self.starts_anew: self.last_saved_path, self.saved_best = None, False
         if not self.learn.phase: self.epochs_before = 0
         self.ended = False

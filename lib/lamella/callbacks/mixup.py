@@ -12,7 +12,7 @@ from torch.distributions import Beta
 from ..base.errors import describe_value
 from ..base.nested import find_bs, leaves, map_nested
 from ..loop.callback import Callback
-from ..loop.samplewise import losses_of_samples, reduced, reduction_of
+from ..loop.samplewise import losses_of_samples, reduce_loss, reduction_of
 
 # %% auto #0
 __all__ = ['MixHandler', 'MixUp', 'CutMix', 'CutMixUp']
@@ -85,7 +85,7 @@ class MixHandler(Callback):
         func = self.loss_func
         if not isinstance(self.lam, torch.Tensor): return self.lam * self.loss_grad + (1 - self.lam) * func(self.pred, *self.other)
         own, other = losses_of_samples(func, self.pred, *self.own), losses_of_samples(func, self.pred, *self.other)
-        return reduced(torch.lerp(other, own, self.lam.to(own)), reduction_of(func))
+        return reduce_loss(torch.lerp(other, own, self.lam.to(own)), reduction_of(func))
 
     def cleanup_batch(self) -> None: self.own, self.other = (), ()
 

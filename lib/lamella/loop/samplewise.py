@@ -13,7 +13,7 @@ import torch
 from ..base.nested import find_bs, map_nested
 
 # %% auto #0
-__all__ = ['reduction_of', 'losses_of_samples', 'reduced']
+__all__ = ['reduction_of', 'losses_of_samples', 'reduce_loss']
 
 # %% ../../../nbs/20_loop/11_samplewise.ipynb #f42cd294
 def reduction_of(
@@ -52,9 +52,9 @@ def _one_by_one(loss_func: Any, pred: Any, *targets: Any) -> torch.Tensor:
     of = lambda batch, i: map_nested(lambda o: o[i:i + 1], batch)
     return torch.stack([loss_func(of(pred, i), *of(targets, i)).mean() for i in range(find_bs(targets))])
 
-def reduced(
-    losses: torch.Tensor, # (n,)
-    reduction: str,       # 'mean', 'sum' or 'none'
-) -> torch.Tensor:        # one number; for 'none' what was given
+def reduce_loss(
+    loss: torch.Tensor,      # (n,)
+    reduction: str = 'mean', # 'mean', 'sum' or 'none'
+) -> torch.Tensor:           # one number; for 'none' what was given
     "The losses of the samples as the loss of the batch"
-    return losses.mean() if reduction == 'mean' else losses.sum() if reduction == 'sum' else losses
+    return loss.mean() if reduction == 'mean' else loss.sum() if reduction == 'sum' else loss
