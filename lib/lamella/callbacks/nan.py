@@ -129,7 +129,7 @@ class TerminateOnNaNCallback(Callback):
         if self._autocast is None: return self.learn.forward()
         with torch.autocast(*self._autocast): return self.learn.forward()
 
-_STEP_BEFORE = 'the step before did it, with a learning rate that is too high or gradients that are not finite (GradientClip helps).'
+_STEP_BEFORE = 'the step before did it, with a learning rate that is too high (lower it, or bound the gradients with GradientClip) or a gradient that is not finite.'
 _TOO_LATE = 'the loss was looked at some steps later, every=1 would name the module.'
 
 def _bad_field(kind: str, batch: tuple) -> str: # '' if all is well
