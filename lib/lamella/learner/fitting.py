@@ -149,7 +149,7 @@ class Fitting(Resuming):
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **shared)
         base_lr /= 2
         self.unfreeze()
-        self.fit_one_cycle(epochs, slice(base_lr / lr_mult, base_lr), pct_start=pct_start, div=div, **shared)
+        with self.in_phase(1): self.fit_one_cycle(epochs, slice(base_lr / lr_mult, base_lr), pct_start=pct_start, div=div, **shared)
 
     # ---- finding a learning rate
 
@@ -203,6 +203,15 @@ class Fitting(Resuming):
         before = list(self.cbs)
         try: yield self.remove_cbs(cbs)
         finally: self.add_cbs([o for o in before if o not in self.cbs])
+
+    @contextmanager
+    def in_phase(self,
+        number: int, # 0: the first
+    ) -> Iterator[TrainingLoop]: # itself
+        "A block whose fits are a phase of a longer training: callbacks go on with what they keep, such as the best weights, instead of beginning anew"
+        before, self.phase = self.phase, number
+        try: yield self
+        finally: self.phase = before
 
     def no_bar(self) -> Any: # for `with`
         "A block without progress bars and tables; rows are printed"

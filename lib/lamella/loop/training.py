@@ -43,6 +43,7 @@ class TrainingLoop:
     _n_inp: int | None = None
     _state: dict[str, Any] | None = None
     _by_name: bool = False
+    phase: int = 0                # of a training of several fits, such as `fine_tune`: what callbacks keep is not begun anew from 1 on
 
     def __init__(self,
         dls: Any,                                # `.train` and `.valid` are loaders
