@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..base.errors import add_context, describe_value
+from ..base.modules import describe_failure
 from ..base.nested import as_list, to_device
 from .callback import Callback
 from .events import (EVENTS, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
@@ -53,8 +54,9 @@ class TrainingLoop:
     # ---- the verbs
 
     def forward(self) -> Any: # predictions
-        "Call the model"
-        return self.model(*self.xb)
+        "Call the model; an error says in which layer, and what it was given"
+        try: return self.model(*self.xb)
+        except Exception as error: raise add_context(error, describe_failure(self.model, error, self.xb))
 
     def compute_loss(self) -> torch.Tensor: # the loss, with its graph
         "Call the loss function; an error says what it was given"
