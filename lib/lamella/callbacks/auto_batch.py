@@ -71,6 +71,7 @@ class AutoBatch(Callback):
     def _halve(self, error: BaseException) -> None:
         key, bs = 'train' if self.training else 'valid', find_bs(self.xb)
         size = min(self.sizes[key] or bs, bs)
+        if any(isinstance(o, list) for o in self.xb): raise add_context(error, 'AutoBatch cuts tensors into parts, and not lists of samples: take a smaller bs')
         if size == 1: raise add_context(error, 'AutoBatch: not even one sample at a time fits into memory')
         self.sizes[key] = math.ceil(size / 2)
         warnings.warn(f'out of memory with {size} samples at a time: going on with {self.sizes[key]}, and the same result', stacklevel=2)

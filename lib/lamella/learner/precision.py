@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/40_learner/30_precision.ipynb #1f1af995
 from __future__ import annotations
+import inspect
 import os
 import shutil
 import sys
@@ -72,8 +73,12 @@ class Precision(Predicting):
     ) -> Precision:                   # itself
         "Compile the model at its first call; it stays the same object with the same names, so that all else works as before"
         if backend == 'inductor' and torch.device(self.dls.device).type == 'cpu': _check_compiler()
-        self.model.compile(backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)
+        self.model.compile(backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic, **_ROOM)
         return self
+
+# A model is compiled anew for training and evaluation, frozen and not, in each precision, for a last batch of another size. torch gives up after 8, and counts all models together,
+# unless it is told otherwise (which not all versions of it understand).
+_ROOM = {k: v for k, v in (('isolate_recompiles', True), ('recompile_limit', 64)) if k in inspect.signature(torch.compile).parameters}
 
 def _check_compiler() -> None:
     "torch would tell it at the first batch, at length"

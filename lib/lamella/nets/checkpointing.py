@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .hooks import has_params
+
 # %% auto #0
 __all__ = ['spared_buffers', 'checkpointed', 'repeated_blocks']
 
@@ -40,24 +42,29 @@ def checkpointed(
 # %% ../../../nbs/11_nets/12_checkpointing.ipynb #91e1a578
 def repeated_blocks(
     model: nn.Module, # any
-) -> list[nn.Module]: # outermost ones only; `ValueError` if there are none
+) -> list[nn.Module]: # none of them inside of another; `ValueError` if there are none
     "The parts of a model whose activations are worth to be computed twice"
-    found = _blocks(model) or [m for m in _chains(model) if m is not model]
+    found = _elements(model) or _siblings(model) or [m for m in _chains(model) if m is not model]
     if not found: raise ValueError(f'{type(model).__name__} has no blocks that repeat themselves, nor chains of layers: say which modules are to compute their activations twice, modules=[...]')
     return found
 
 def _is_container(m: nn.Module) -> bool: return type(m).forward in (nn.Sequential.forward, nn.Module.forward)
 
-def _blocks(m: nn.Module) -> list[nn.Module]:
-    found = []
-    for child in m.children():
-        if _is_container(m) and not _is_container(child) and _is_composite(child): found.append(child)
-        else: found += _blocks(child)
-    return found
+def _is_block(m: nn.Module) -> bool:
+    "A module with a `forward` of its own and several layers"
+    return not _is_container(m) and sum(not list(o.children()) and has_params(o) for o in m.modules()) > 1
 
-def _is_composite(m: nn.Module) -> bool: return sum(not list(o.children()) and bool(list(o.parameters())) for o in m.modules()) > 1
+def _elements(m: nn.Module) -> list[nn.Module]:
+    "Blocks in sequences and lists; of a stage that has such blocks, its blocks"
+    return [o for child in m.children() for o in _elements(child) or ([child] if _is_container(m) and _is_block(child) else [])]
+
+def _siblings(m: nn.Module) -> list[nn.Module]:
+    "Blocks of the same class beside each other"
+    blocks = [child for child in m.children() if _is_block(child)]
+    kinds = [type(o) for o in blocks]
+    return [o for o in blocks if kinds.count(type(o)) > 1] or [o for child in m.children() for o in _siblings(child)]
 
 def _chains(m: nn.Module) -> list[nn.Module]:
-    "Sequences of layers, the outermost ones that have no sequence in them"
+    "Sequences of layers that have no sequence in them"
     inner = [o for child in m.children() for o in _chains(child)]
-    return inner or ([m] if type(m).forward is nn.Sequential.forward and _is_composite(m) else [])
+    return inner or ([m] if type(m).forward is nn.Sequential.forward and len(m) > 1 and has_params(m) else [])
