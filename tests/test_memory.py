@@ -37,9 +37,10 @@ class Net(nn.Module):
 
     def forward(self, x):
         if self.fails != 'backward': self.check(len(x))
-        out = self.head(self.body(x))
+        hidden = self.body(x)
+        if hidden.requires_grad and self.fails == 'backward': hidden.register_hook(lambda grad: self.check(len(grad))) # the head has its gradients already
+        out = self.head(hidden)
         self.types.add(out.dtype)
-        if out.requires_grad and self.fails == 'backward': out.register_hook(lambda grad: self.check(len(grad)))
         return out
 
 
@@ -267,8 +268,8 @@ def test_statistics_belong_to_the_fit():
     learn = make_learner([stats := ActivationStats(every=2)], drop=0.1)
     learn.fit(2)
     rows = len(stats.stats)
-    learn.validate()
     learn.lr_find(show_plot=False, num_it=5)
+    learn.validate()
     assert rows == len(stats.stats) == 3 and not any(m._forward_hooks for m in learn.model.modules()) # steps 0, 2, 4 of 6
     assert [type(m).__name__ for m in stats.modules] == ['Linear', 'Linear']
 
