@@ -15,10 +15,11 @@ from ..base.nested import as_list
 from ..base.registry import checked_keywords
 from ..callbacks.progress import ProgressCallback
 from ..data.loaders import DataLoaders
-from .predicting import Predicting
+from .precision import Precision
 from .saving import Saving
 from ..loop.named import OwnLoss, computes_loss
 from .strategies import Strategies
+from .summary import Summarising
 from ..loop.recorder import Recorder
 from ..losses import loss_of_task
 from ..metrics import mk_metric
@@ -31,7 +32,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/05_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(Predicting, Strategies, Saving):
+class Learner(Precision, Strategies, Summarising, Saving):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from fastcore.foundation import L
+from torch import nn
 
 from ..base.nested import as_list, find_bs, map_nested, to_device
 from ..callbacks.gather import GatherPredsCallback
@@ -96,7 +97,11 @@ class Predicting(Fitting):
     def inference(self) -> Inference: # shares the model with the learner
         "What is needed to predict new items"
         dl = self.dls.valid if self.dls.valid is not None else self.dls.train
-        return Inference(self.model, InferencePipeline.from_loader(dl), output_of_loss(self.loss_func), self.dls.device)
+        return Inference(self.inference_model(), InferencePipeline.from_loader(dl), output_of_loss(self.loss_func), self.dls.device)
+
+    def inference_model(self) -> nn.Module: # called with the inputs of a batch
+        "The model as predictions of single items call it"
+        return self.model
 
     def predict(self,
         item: Any,                # one item, or a list of them: of the kind of the source, or what the first block opens
@@ -152,7 +157,7 @@ class Predicting(Fitting):
         "What the model decides for a batch"
         output = output_of_loss(self.loss_func)
         self.model.to(self.dls.device)
-        with evaluating(self.model): pred = self.model(*to_device(self.split_batch_of(batch)[0], self.dls.device))
+        with evaluating(self.inference_model()) as model: pred = model(*to_device(self.split_batch_of(batch)[0], self.dls.device))
         return tuple(as_list(map_nested(lambda o: output.decodes(output.activation(o)), pred)))
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..base.errors import add_context, describe_value
+from ..base.modules import describe_failure
 from ..base.nested import as_list, to_device
 from .callback import Callback
 from .named import TARGET_NAMES, OwnLoss, call_named, main_output, split_named
@@ -60,8 +61,9 @@ class TrainingLoop:
     # ---- the verbs
 
     def forward(self) -> Any: # predictions
-        "Call the model"
-        pred = call_named(self.model, *self.xb) if self._by_name else self.model(*self.xb)
+        "Call the model; an error says in which layer, and what it was given"
+        try: pred = call_named(self.model, *self.xb) if self._by_name else self.model(*self.xb)
+        except Exception as error: raise add_context(error, describe_failure(self.model, error, self.xb))
         return pred if type(pred) is torch.Tensor else main_output(pred, self.loss_func)
 
     def compute_loss(self) -> torch.Tensor: # the loss, with its graph
