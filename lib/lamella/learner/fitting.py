@@ -36,6 +36,7 @@ class Fitting(TrainingLoop):
     "The part of a learner that trains"
     recorder: Recorder
     logger: Callable[[list], Any] = staticmethod(print)
+    create_mbar: bool = True
     metrics: list = []
     final_record: list = []
     opt_func: Callable[..., Optimizer]
@@ -196,7 +197,10 @@ class Fitting(TrainingLoop):
         "Remove callbacks for a block"
         before = list(self.cbs)
         try: yield self.remove_cbs(cbs)
-        finally: self.add_cbs([o for o in before if o not in self.cbs])
+        finally:
+            self.add_cbs([o for o in before if o not in self.cbs])
+            self.cbs.sort(key=lambda o: before.index(o) if o in before else len(before)) # as they were
+            self._tables = {}
 
     def no_bar(self) -> Any: # for `with`
         "A block without progress bars and tables; rows are printed"
@@ -208,6 +212,13 @@ class Fitting(TrainingLoop):
         before, self.logger = self.logger, ignore_row
         try: yield self
         finally: self.logger = before
+
+    @contextmanager
+    def no_mbar(self) -> Iterator[TrainingLoop]: # itself
+        "A block with bars, but without the table of epochs"
+        before, self.create_mbar = self.create_mbar, False
+        try: yield self
+        finally: self.create_mbar = before
 
 def _suggested_lrs(found: dict[str, float]) -> Any:
     "A named tuple, as fastai returns it"
