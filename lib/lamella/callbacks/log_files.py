@@ -36,7 +36,7 @@ class CSVLogger(RunWriter):
     def __init__(self,
         fname: str | os.PathLike = 'history.csv', # in the path of the learner
         append: bool = False,                     # add to a file that is there; otherwise it begins anew
-    ): self.fname, self.append, self._begun, self._size, self._file, self._names = Path(fname), append, False, None, None, None
+    ): self.fname, self.append, self._begun, self._size, self._file, self._names, self._cut_at = Path(fname), append, False, None, None, None, None
 
     def before_fit(self) -> None:
         super().before_fit()
@@ -47,7 +47,8 @@ class CSVLogger(RunWriter):
         target, names = file_of(self.learn, self.fname), list(self.learn.recorder.metric_names)
         keeps = self._begun or self.append or self.resuming
         self._file = open(target, 'a' if keeps else 'w', newline='', encoding='utf-8')
-        if self.resuming and self._size is not None and self._size < self._file.tell(): self._file.truncate(self._size)
+        if self._cut_at is not None and self._cut_at < self._file.tell(): self._file.truncate(self._cut_at)
+        self._cut_at = None
         known = self._names if self._begun else _first_row(target)
         if known != names: self._write(names)
         self._begun, self._names = True, names
@@ -56,6 +57,7 @@ class CSVLogger(RunWriter):
         csv.writer(self._file, lineterminator='\n').writerow(cells)
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._size = self._file.tell()
 
     def after_epoch(self) -> None:
         if self._file is None: self.safely(self._open)
@@ -74,13 +76,13 @@ class CSVLogger(RunWriter):
 
     def state_dict(self) -> dict[str, Any]: # plain values
         "How much of the file there is, with which headings"
-        return {'size': None if self._file is None else self._file.tell(), 'names': self._names, 'begun': self._begun}
+        return {'size': self._size, 'names': self._names, 'begun': self._begun}
 
     def load_state_dict(self,
         state: dict[str, Any], # from `state_dict`
     ) -> None:
         "Go on behind what there was"
-        self._size, self._names, self._begun = state['size'], state['names'], state['begun']
+        self._cut_at, self._names, self._begun = state['size'], state['names'], state['begun']
 
 def _first_row(file: Path) -> list[str] | None:
     with open(file, newline='', encoding='utf-8') as opened: return next(csv.reader(opened), None)

@@ -40,4 +40,5 @@ class ParamScheduler(Callback):
         state: dict[str, Any], # from `state_dict`
     ) -> None:
         "Go on behind what was set"
-        for name, values in self.hps.items(): values[:] = state['hps'].get(name, [])
+        self.hps = {name: list(state['hps'].get(name, [])) for name in self.scheds}
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.hps.update(self.hps)

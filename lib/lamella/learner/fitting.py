@@ -205,7 +205,7 @@ class Fitting(Resuming):
         finally:
             self.add_cbs([o for o in before if o not in self.cbs])
             self.cbs.sort(key=lambda o: before.index(o) if o in before else len(before)) # as they were
-            self._tables = {}
+            self._listen()
 
     def no_bar(self) -> Any: # for `with`
         "A block without progress bars and tables; rows are printed"

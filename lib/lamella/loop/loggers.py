@@ -168,7 +168,7 @@ class LoggerCallback(RunWriter):
 
     def after_batch(self) -> None:
         if not self.learn.training or not self.writes: return
-        self._step = self.learn.train_iter + 1
+        self._step = self.learn.train_iter
         if not self._begun: self.begin(self.steps_before + self._step - 1)
         if self._step % self.every: return
         self._note()

@@ -39,6 +39,8 @@ class Recorder(Callback):
     ):
         self.add_time, self.train_metrics, self.valid_metrics, self.beta = add_time, train_metrics, valid_metrics, beta
         self.metric_names: list[str] = [] # the columns of the table
+        self._on_train: list[Metric] = []
+        self._on_valid: list[Metric] = []
         self.reset()
 
     def reset(self) -> None:
@@ -157,8 +159,8 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]: # numbers, strings and lists of them, the states of metrics
         "What was recorded, also in the middle of an epoch"
-        kept = {name: list(getattr(self, name)) for name in ('raw_losses', 'losses', 'iters', 'values', 'rows', 'log')}
-        metrics = [o.state_dict() if hasattr(o, 'state_dict') else None for o in getattr(self, '_on_train', [])]
+        kept = {name: list(getattr(self, name)) for name in ('raw_losses', 'losses', 'iters', 'values', 'rows', 'log', 'metric_names')}
+        metrics = [o.state_dict() if hasattr(o, 'state_dict') else None for o in self._on_train]
         return {**kept, 'lrs': [float(o) for o in self.lrs], 'average': self._average, 'weight': self._weight,
                 'seconds': time.perf_counter() - self._started, 'metrics': metrics}
 
@@ -166,10 +168,11 @@ class Recorder(Callback):
         state: dict[str, Any], # from `state_dict`
     ) -> None:
         "Go on as if there had been no interruption; a training metric that has no state counts from here on"
-        for name in ('lrs', 'iters', 'values', 'rows', 'log'): setattr(self, name, list(state[name]))
+        for name in ('lrs', 'iters', 'values', 'rows', 'log', 'metric_names'): setattr(self, name, list(state[name]))
         self._raw, self._smooth, self._average, self._weight = list(state['raw_losses']), list(state['losses']), state['average'], state['weight']
         self._waiting.clear()
         self._started = time.perf_counter() - state['seconds']
+        if self.values: self.learn.final_record = self.values[-1]
         for metric, kept in zip(self._on_train, state['metrics']):
             if kept is not None: metric.load_state_dict(kept)
 
