@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,12 @@ def wandb_history(file: Path):
     return [(o.step.num, {'.'.join(item.nested_key) or item.key: json.loads(item.value_json) for item in o.item}) for o in records]
 
 
+def _wait_until(condition, seconds=60):
+    "Until it holds, or until it is hopeless"
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end: time.sleep(0.2)
+
+
 @pytest.fixture
 def mlflow_store(tmp_path, monkeypatch):
     "A folder of runs"
@@ -164,6 +171,7 @@ def test_wandb_offline_has_what_the_recorder_has(tmp_path, monkeypatch):
         assert wandb.run is run
     finally: wandb.finish()
     file = next(tmp_path.glob('wandb/offline-run-*/run-*.wandb'))
+    _wait_until(lambda: any(o.WhichOneof('record_type') == 'exit' for o in wandb_records(file))) # another process writes it
     history = wandb_history(file)
     offset = history[0][0]
     assert history[0][1]['own'] == 1

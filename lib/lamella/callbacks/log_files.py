@@ -49,7 +49,7 @@ class CSVLogger(RunWriter):
         self._file = open(target, 'a' if keeps else 'w', newline='', encoding='utf-8')
         if self._cut_at is not None and self._cut_at < self._file.tell(): self._file.truncate(self._cut_at)
         self._cut_at = None
-        known = self._names if self._begun else _first_row(target)
+        known = self._names if self._begun else _first_row(target) if keeps else None
         if known != names: self._write(names)
         self._begun, self._names = True, names
 

@@ -30,7 +30,8 @@ class MLflowLogger(Logger):
     ):
         self.experiment, self.run_name, self.tracking_uri, self.run_id = experiment, run_name, tracking_uri, run_id
         self.client: Any = None
-        self._owned, self._have = False, 0
+        self._owned = False
+        self._have: dict[str, int] = {} # the last step of each metric, when a run goes on
 
     def start(self, config: dict[str, Any], step: int) -> None:
         "Find or make the run"
@@ -43,10 +44,10 @@ class MLflowLogger(Logger):
         elif active is None or active.info.run_id != self.run_id:
             self._owned = True
             self.client.update_run(self.run_id, status='RUNNING')
-        known = self.client.get_run(self.run_id).data.params # they cannot be changed
-        params = [Param(k, str(v)[:500]) for k, v in config.items() if k not in known]
+        known = self.client.get_run(self.run_id).data
+        params = [Param(k, str(v)[:500]) for k, v in config.items() if k not in known.params] # they cannot be changed
         for i in range(0, len(params), MOST_PARAMS): self.client.log_batch(self.run_id, params=params[i:i + MOST_PARAMS])
-        self._have = max([o.step for o in self.client.get_metric_history(self.run_id, 'epoch')], default=0) if step else 0
+        self._have = {name: max(o.step for o in self.client.get_metric_history(self.run_id, name)) for name in known.metrics} if step else {}
 
     def _new_run(self) -> str:
         from mlflow.tracking.fluent import _get_experiment_id
@@ -59,9 +60,8 @@ class MLflowLogger(Logger):
     def log(self, values: dict[str, float], step: int) -> None:
         "A metric for each name"
         from mlflow.entities import Metric
-        if step < self._have: return
         now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        metrics = [Metric(name, float(value), now, step) for name, value in values.items() if step > self._have.get(name, -1)]
         for i in range(0, len(metrics), MOST_AT_ONCE): self.client.log_batch(self.run_id, metrics=metrics[i:i + MOST_AT_ONCE])
 
     def log_figure(self, name: str, figure: Figure, step: int) -> None:
