@@ -199,7 +199,7 @@ def test_predictions_are_pictured_and_change_nothing(tmp_path):
             learn.fit(2)
         weights.append(model[-1].weight.detach().clone())
     assert torch.equal(*weights)
-    assert [o.step for o in curves(tmp_path/'tbTrue')[0].Images('predictions')] == [2, 4] or len(curves(tmp_path/'tbTrue')[0].Images('predictions')) == 2
+    assert len(curves(tmp_path/'tbTrue')[0].Images('predictions')) == 2
 
 
 def test_missing_package_says_what_to_install(monkeypatch):
@@ -385,11 +385,12 @@ learn.fit(1)
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='needs a pseudo-terminal')
 def test_interrupt_leaves_a_clean_terminal(tmp_path):
-    import pty
+    import fcntl, pty, termios
     script = tmp_path/'script.py'
     script.write_text(INTERRUPTED)
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(script)], stdout=theirs, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100', 'LINES': '40'})
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, str(script)], stdout=theirs, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     os.close(theirs)
     found = b''
     while True:

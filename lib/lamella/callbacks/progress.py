@@ -65,7 +65,7 @@ class TextTable:
         from tqdm import tqdm
         self.close()
         self._total = total
-        self.bar = tqdm(total=total or None, leave=False, file=sys.stdout, dynamic_ncols=True,
+        self.bar = tqdm(total=total or None, leave=False, file=sys.stdout, dynamic_ncols=True, mininterval=0, miniters=0,
                         bar_format='{l_bar}{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]' if total else '{n_fmt} batches [{elapsed}{postfix}]')
 
     def close(self) -> None:
