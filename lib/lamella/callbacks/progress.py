@@ -5,56 +5,68 @@
 # %% ../../../nbs/30_callbacks/00_progress.ipynb #51fa35b3
 from __future__ import annotations
 import html
+import io
 import math
 import sys
 import time
 from typing import Any
 
+from ..base.processes import is_main_process
 from ..loop.callback import Callback
 
 # %% auto #0
-__all__ = ['cell_text', 'TextTable', 'NotebookTable', 'notebook_kind', 'make_table', 'ProgressCallback']
+__all__ = ['cell_text', 'TextTable', 'NotebookTable', 'notebook_kind', 'make_table', 'ProgressCallback', 'ShowGraphCallback']
 
 # %% ../../../nbs/30_callbacks/00_progress.ipynb #3fdbe325
 def cell_text(
     value: Any, # an entry of a row
 ) -> str:       # its text
-    "A number with six digits after the point, anything else as it is"
-    if isinstance(value, float): return 'nan' if math.isnan(value) else f'{value:.6f}'
+    "A number with six digits after the point, a very small or large one with its exponent, anything else as it is"
+    if isinstance(value, float): return 'nan' if math.isnan(value) else f'{value:.6f}' if value == 0 or 1e-4 <= abs(value) < 1e7 else f'{value:.2e}'
     return '' if value is None else str(value)
 
 class TextTable:
     "Rows as lines of text"
     def __init__(self,
         names: list[str], # headings
-        bar: bool,        # with a bar below
+        bar: bool,        # with a bar below; otherwise `update` writes a line
     ):
         self.widths, self.bar, self.has_bar = [max(10, len(o)) for o in names], None, bar
+        self._total: int | None = None
         if names: self.line(names)
 
     def line(self,
         cells: list[Any], # entries of a row
     ) -> None:
-        "Write one row"
-        text = '  '.join(f'{cell_text(o):<{w}}' for o, w in zip(cells, self.widths)).rstrip()
+        "Write one row; a column grows with what is in it"
+        texts = [cell_text(o) for o in cells]
+        self.widths = [max(w, len(o)) for o, w in zip(texts, self.widths)]
+        self.say('  '.join(f'{o:<{w}}' for o, w in zip(texts, self.widths)).rstrip())
+
+    def say(self,
+        text: str, # one line
+    ) -> None:
+        "Write a line, above the bar"
         if self.bar is not None: self.bar.clear()
         print(text, flush=True)
 
     def update(self,
         done: int,  # batches
-        total: int, # batches
+        total: int, # batches; 0: nobody knows
         note: str,  # written behind the bar
     ) -> None:
         "Move the bar"
-        if not self.has_bar: return
-        if self.bar is None or self.bar.total != total or done < self.bar.n: self._new_bar(total)
+        if not self.has_bar: return self.say(f'{note}, batch {done}/{total or "?"}')
+        if self.bar is None or self._total != total or done < self.bar.n: self._new_bar(total)
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(done - self.bar.n)
 
     def _new_bar(self, total: int) -> None:
         from tqdm import tqdm
         self.close()
-        self.bar = tqdm(total=total, leave=False, file=sys.stdout, bar_format='{l_bar}{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
+        self._total = total
+        self.bar = tqdm(total=total or None, leave=False, file=sys.stdout, dynamic_ncols=True, mininterval=0, miniters=0,
+                        bar_format='{l_bar}{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]' if total else '{n_fmt} batches [{elapsed}{postfix}]')
 
     def close(self) -> None:
         "Take the bar away"
@@ -68,53 +80,69 @@ class NotebookTable:
         bar: bool,        # with a bar below
         live: bool = True, # the notebook can replace what it shows; otherwise the table is shown once, when it is complete
     ):
-        from IPython.display import HTML, display
-        self._html, self._display, self.names, self.rows, self.has_bar = HTML, display, names, [], bar and live
-        self._handle = display(HTML(self.html()), display_id=True) if live else None
+        from IPython.display import display
+        self._display, self.names, self.rows, self.notes, self.has_bar = display, names, [], [], bar and live
+        self._handle = display(self._shown(), raw=True, display_id=True) if live else None
 
     def html(self,
         bar: str = '', # the bar's HTML
     ) -> str:          # the table's HTML
         "The table, with a bar below"
         row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(cell_text(o))}</{tag}>' for o in cells) + '</tr>'
-        return f"<table><thead>{row(self.names, 'th')}</thead><tbody>{''.join(row(o, 'td') for o in self.rows)}</tbody></table>{bar}"
+        table = f"<table><thead>{row(self.names, 'th')}</thead><tbody>{''.join(row(o, 'td') for o in self.rows)}</tbody></table>" if self.names else ''
+        return ''.join(f'<div>{html.escape(o)}</div>' for o in self.notes) + table + bar
 
-    def _replace(self, text: str) -> None:
-        if self._handle is not None: self._handle.update(self._html(text))
+    def _shown(self, bar: str = '') -> dict[str, str]:
+        "HTML, and plain text for where there is none"
+        lines = [*self.notes, *('  '.join(f'{cell_text(o):<10}' for o in row).rstrip() for row in [self.names, *self.rows])]
+        return {'text/html': self.html(bar), 'text/plain': '\n'.join(lines)}
+
+    def _replace(self, bar: str = '') -> None:
+        if self._handle is not None: self._handle.update(self._shown(bar), raw=True)
 
     def line(self,
         cells: list[Any], # entries of a row
     ) -> None:
         "Add one row"
         self.rows.append(cells)
-        self._replace(self.html())
+        self._replace()
+
+    def say(self,
+        text: str, # one line
+    ) -> None:
+        "Write a line above the table"
+        self.notes.append(text)
+        self._replace()
 
     def update(self,
         done: int,  # batches
-        total: int, # batches
+        total: int, # batches; 0: nobody knows
         note: str,  # written behind the bar
     ) -> None:
         "Move the bar"
-        if self.has_bar: self._replace(self.html(f"<progress value='{done}' max='{total}'></progress> {done}/{total} {html.escape(note)}"))
+        if not self.has_bar: return
+        place = f" value='{done}' max='{total}'" if total else ''
+        self._replace(f"<progress{place}></progress> {done}/{total or '?'} {html.escape(note)}")
 
     def close(self) -> None:
         "Take the bar away"
-        if self._handle is None and self.rows: self._display(self._html(self.html()))
-        self._replace(self.html())
+        if self._handle is None and (self.rows or self.notes): self._display(self._shown(), raw=True)
+        self._replace()
 
-def notebook_kind() -> str | None: # name of the shell's class; `None` outside of notebooks, also in a terminal's IPython
-    "The kind of notebook that shows the output"
+def notebook_kind() -> str | None: # 'live', 'captured'; `None` outside of notebooks, also in a terminal's IPython
+    "The kind of notebook that shows the output: one that can replace what it showed, or one that is run for its outputs"
     if 'IPython' not in sys.modules: return None
     from IPython import get_ipython
-    kind = type(get_ipython()).__name__
-    return kind if kind in ('ZMQInteractiveShell', 'CaptureShell') else None
+    names = [o.__name__ for o in type(get_ipython()).__mro__]
+    if 'SpyderShell' in names: return None # a console without HTML
+    return 'captured' if 'CaptureShell' in names else 'live' if 'ZMQInteractiveShell' in names else None # Colab and others derive from it
 
 def make_table(
     names: list[str], # headings; none for a bar alone
 ) -> TextTable | NotebookTable: # a table
     "The kind of table that suits where the output goes"
     kind = notebook_kind()
-    if kind is not None: return NotebookTable(names, bar=True, live=kind == 'ZMQInteractiveShell')
+    if kind is not None: return NotebookTable(names, bar=True, live=kind == 'live')
     return TextTable(names, bar=sys.stdout.isatty())
 
 # %% ../../../nbs/30_callbacks/00_progress.ipynb #7a8513e6
@@ -123,26 +151,95 @@ class ProgressCallback(Callback):
     order = 60
 
     def __init__(self,
-        every: float = 0.1, # seconds between two moves of the bar
-    ): self.every, self.table, self._logger = every, None, None
+        every: float = 0.1,        # seconds between two moves of the bar
+        plain_every: float = 30.,  # seconds between two lines in a file or a pipe, where there is no bar
+    ): self.every, self.plain_every, self.table, self._logger = every, plain_every, None, None
 
     def before_fit(self) -> None:
-        logger, self._next = self.learn.logger, 0.
+        logger, recorder = self.learn.logger, getattr(self.learn, 'recorder', None)
         silent = getattr(logger, '__name__', '') == 'ignore_row'
-        self.table = make_table([] if silent else self.learn.recorder.metric_names)
+        has_rows = not silent and recorder is not None and getattr(self.learn, 'create_mbar', True)
+        self.table = make_table(recorder.metric_names if has_rows else []) if is_main_process() else None
         if not silent: self._logger, self.learn.logger = logger, self._row
+        self._plain = isinstance(self.table, TextTable) and not self.table.has_bar
+        self._has_rows, self._position, self._greeted = has_rows, (time.perf_counter(), 0, (0, True)), not self.resuming
+        self._next = math.inf if self.table is None or self._plain and silent else self._position[0] + (self.plain_every if self._plain and self._greeted else 0)
 
-    def _row(self, cells: list[Any]) -> None: self.table.line(cells)
+    def _row(self, cells: list[Any]) -> None:
+        if self.table is not None and self._has_rows: self.table.line(cells)
+        if self._logger is not print: self._logger(cells)
 
     def after_batch(self) -> None:
         now = time.perf_counter()
         if now < self._next: return
-        self._next = now + self.every
-        loop = self.learn
-        note = f'epoch {loop.epoch + 1}/{loop.n_epoch} ' + (f'loss {loop.recorder.smooth_loss:.4f}' if loop.training else 'validation')
-        self.table.update(loop.iter + 1, loop.n_iter, note)
+        self._next = now + (self.plain_every if self._plain else self.every)
+        if not self._greeted: self._greet()
+        else: self.table.update(self.learn.iter + 1, self.learn.n_iter, self._note(now))
+
+    def _greet(self) -> None:
+        "Say where an interrupted fit goes on"
+        loop, self._greeted = self.learn, True
+        self.table.say(f"going on with epoch {loop.epoch + 1}/{loop.n_epoch}, {'' if loop.training else 'validation, '}batch {loop.iter + 1}/{loop.n_iter or '?'}")
+
+    def _note(self, now: float) -> str:
+        "Epoch and loss; in a file the learning rate and the speed, too"
+        loop, recorder = self.learn, getattr(self.learn, 'recorder', None)
+        note = f'epoch {loop.epoch + 1}/{loop.n_epoch} ' + ('validation' if not loop.training else f'loss {recorder.smooth_loss:.4f}' if recorder else 'training')
+        if not self._plain: return note
+        (before, iter_before, epoch_before), self._position = self._position, (now, loop.iter, (loop.epoch, loop.training))
+        if loop.training and recorder and recorder.lrs: note += f' lr {recorder.lrs[-1]:.2e}'
+        return note + (f' {(loop.iter - iter_before) / (now - before):.1f} batches/s' if epoch_before == (loop.epoch, loop.training) else '')
 
     def cleanup_fit(self) -> None:
         if self.table is not None: self.table.close()
         if self._logger is not None: self.learn.logger = self._logger
         self.table, self._logger = None, None
+
+# %% ../../../nbs/30_callbacks/00_progress.ipynb #bb19a458
+class ShowGraphCallback(Callback):
+    "A graph of training and validation loss below the table, which grows while training"
+    order, run_valid, fit_only = 65, False, True
+
+    def __init__(self,
+        every: float = 5., # seconds between two drawings in the middle of an epoch
+    ): self.every, self._said = every, False
+
+    def before_fit(self) -> None:
+        kind = notebook_kind() if is_main_process() else None
+        if kind is None and not self._said and is_main_process():
+            self._said = True
+            print('ShowGraphCallback draws in notebooks only; afterwards, learn.recorder.plot_loss() draws the same')
+        self._handle, self._captured = self._open() if kind == 'live' else None, kind == 'captured'
+        self._next = time.perf_counter() + self.every if kind == 'live' else math.inf
+
+    def _open(self) -> Any:
+        from IPython.display import HTML, display
+        return display(HTML(''), display_id=True)
+
+    def after_batch(self) -> None:
+        if time.perf_counter() > self._next: self._draw()
+
+    def after_epoch(self) -> None:
+        if self._handle is not None: self._draw()
+
+    def cleanup_fit(self) -> None:
+        if self._captured: self._show(self.picture())
+        self._handle, self._captured = None, False
+
+    def _draw(self) -> None:
+        self._handle.update(self.picture())
+        self._next = time.perf_counter() + self.every
+
+    def _show(self, picture: Any) -> None:
+        from IPython.display import display
+        display(picture)
+
+    def picture(self) -> Any: # an image that notebooks show
+        "The graph as it is now"
+        from IPython.display import Image
+        from matplotlib.figure import Figure
+        figure, buffer = Figure(figsize=(6, 4), layout='constrained'), io.BytesIO()
+        ax = self.learn.recorder.plot_loss(skip_start=0, ax=figure.subplots())
+        if self.n_iter: ax.set_xlim(0, max(self.n_epoch * len(self.dls.train), len(self.learn.recorder.losses)))
+        figure.savefig(buffer, format='png', dpi=72)
+        return Image(data=buffer.getvalue())

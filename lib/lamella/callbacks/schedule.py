@@ -5,6 +5,7 @@
 # %% ../../../nbs/30_callbacks/01_schedule.ipynb #afea5f12
 from __future__ import annotations
 from collections.abc import Mapping
+from typing import Any
 
 from ..loop.callback import Callback
 from ..optim.schedules import Schedule
@@ -15,13 +16,15 @@ __all__ = ['ParamScheduler']
 # %% ../../../nbs/30_callbacks/01_schedule.ipynb #daa5d586
 class ParamScheduler(Callback):
     "Sets each hyper-parameter to what its schedule says for the progress of the fit"
-    order, run_valid = 60, False
+    order, run_valid, fit_only = 60, False, True
 
     def __init__(self,
         scheds: Mapping[str, Schedule], # by the name of the hyper-parameter: 'lr', 'mom', 'wd', ...
     ): self.scheds = dict(scheds)
 
-    def before_fit(self) -> None: self.hps: dict[str, list] = {name: [] for name in self.scheds}
+    def before_fit(self) -> None:
+        self.hps: dict[str, list] = {name: [] for name in self.scheds}
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.hps.update(self.hps)
 
     def before_batch(self) -> None:
         opt, done = self.learn.opt, self.learn.pct_train
@@ -29,5 +32,13 @@ class ParamScheduler(Callback):
             opt.set_hyper(name, schedule(done))
             self.hps[name].append(opt.hypers[-1][name])
 
-    def after_fit(self) -> None:
-        if hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
+    def state_dict(self) -> dict[str, Any]: # numbers by name
+        "What was set up to now"
+        return {'hps': {name: [float(o) for o in values] for name, values in self.hps.items()}}
+
+    def load_state_dict(self,
+        state: dict[str, Any], # from `state_dict`
+    ) -> None:
+        "Go on behind what was set"
+        self.hps = {name: list(state['hps'].get(name, [])) for name in self.scheds}
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.hps.update(self.hps)

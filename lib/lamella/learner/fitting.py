@@ -37,6 +37,7 @@ class Fitting(Resuming):
     "The part of a learner that trains"
     recorder: Recorder
     logger: Callable[[list], Any] = staticmethod(print)
+    create_mbar: bool = True
     metrics: list = []
     final_record: list = []
     opt_func: Callable[..., Optimizer]
@@ -202,7 +203,10 @@ class Fitting(Resuming):
         "Remove callbacks for a block"
         before = list(self.cbs)
         try: yield self.remove_cbs(cbs)
-        finally: self.add_cbs([o for o in before if o not in self.cbs])
+        finally:
+            self.add_cbs([o for o in before if o not in self.cbs])
+            self.cbs.sort(key=lambda o: before.index(o) if o in before else len(before)) # as they were
+            self._listen()
 
     @contextmanager
     def in_phase(self,
@@ -217,16 +221,19 @@ class Fitting(Resuming):
         "A block without progress bars and tables; rows are printed"
         return self.removed_cbs(ProgressCallback)
 
-    def no_mbar(self) -> Any: # for `with`
-        "The same: fastai has a bar of bars, lamella one bar"
-        return self.no_bar()
-
     @contextmanager
     def no_logging(self) -> Iterator[TrainingLoop]: # itself
         "A block that prints no rows"
         before, self.logger = self.logger, ignore_row
         try: yield self
         finally: self.logger = before
+
+    @contextmanager
+    def no_mbar(self) -> Iterator[TrainingLoop]: # itself
+        "A block with bars, but without the table of epochs"
+        before, self.create_mbar = self.create_mbar, False
+        try: yield self
+        finally: self.create_mbar = before
 
 def _check_rate(lr: Any) -> None:
     "`TypeError` for what is no learning rate"

@@ -98,6 +98,6 @@ class Callback:
     @property
     def name(self) -> str: # the learner has the callback under this name
         "The class name in snake case, without 'Callback'"
-        return re.sub('(?<=[a-z0-9])([A-Z])', r'_\1', re.sub('Callback$', '', type(self).__name__) or 'Callback').lower()
+        return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', re.sub('Callback$', '', type(self).__name__) or 'Callback').lower()
 
     def __repr__(self) -> str: return type(self).__name__

@@ -4,12 +4,18 @@
 
 # %% ../../../nbs/20_loop/05_recorder.ipynb #f8bfed82
 from __future__ import annotations
+import math
+import re
 import time
+from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..base.errors import add_context, context_of
 from ..base.figures import get_grid, subplots
+from ..base.nested import as_list
 from .callback import Callback
 from ..metrics import AvgLoss, Metric, mk_metric
 
@@ -18,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['Recorder', 'format_time']
+__all__ = ['MOST_WAITING', 'Recorder', 'format_time']
 
 # %% ../../../nbs/20_loop/05_recorder.ipynb #dd569ca5
 class Recorder(Callback):
@@ -28,142 +34,231 @@ class Recorder(Callback):
     def __init__(self,
         add_time: bool = True,       # a column with the time of the epoch
         train_metrics: bool = False, # metrics on the training batches, too
-        valid_metrics: bool = True,  # metrics on the validation batches
+        valid_metrics: bool = True,  # loss and metrics on the validation batches
         beta: float = 0.98,          # of the moving average of the loss
     ):
         self.add_time, self.train_metrics, self.valid_metrics, self.beta = add_time, train_metrics, valid_metrics, beta
+        self.metric_names: list[str] = [] # the columns of the table
+        self._on_train: list[Metric] = []
+        self._on_valid: list[Metric] = []
         self.reset()
 
     def reset(self) -> None:
-        "Forget everything"
-        self.losses: list[float] = []  # of each training step
+        "Forget everything but the names of the columns"
         self.lrs: list[float] = []     # of the last group at each training step
         self.iters: list[int] = []     # training steps done at the end of each epoch
-        self.values: list[list] = []   # metrics of each epoch
+        self.values: list[list] = []   # losses and metrics of each epoch
+        self.rows: list[list] = []     # the same with number and time of the epoch: as they were shown
         self.log: list = []            # the row of the last epoch
-        self.metric_names: list[str] = []
-        self.hps: dict[str, list] = {} # what a scheduler set at each step
+        self.hps: dict[str, list] = {} # what schedulers set at each step
+        self._raw: list[float] = []
+        self._smooth: list[float] = []
         self._waiting: list[torch.Tensor] = []
-        self._average, self._weight = 0., 0.
+        self._average, self._weight, self._row, self._started = 0., 0., [], time.perf_counter()
 
     # ---- the loss
 
     def _read(self) -> None:
         "Read the losses that are still where they were computed"
         if not self._waiting: return
-        values = torch.stack(self._waiting).float().tolist()
+        values, beta = torch.stack(self._waiting).tolist(), self.beta
         self._waiting.clear()
-        self.losses += values
+        self._raw += values
         for value in values:
-            self._average = self.beta * self._average + (1 - self.beta) * value
-            self._weight = self.beta * self._weight + (1 - self.beta)
+            self._average = beta * self._average + (1 - beta) * value
+            self._weight = beta * self._weight + (1 - beta)
+            self._smooth.append(self._average / self._weight)
+
+    @property
+    def losses(self) -> list[float]: # as many as training steps
+        "The moving average of the training loss at every step"
+        self._read()
+        return self._smooth
+
+    @property
+    def raw_losses(self) -> list[float]: # as many as training steps
+        "The loss of every training batch"
+        self._read()
+        return self._raw
 
     @property
     def smooth_loss(self) -> float: # `nan` before the first step
         "The moving average of the training loss"
-        self._read()
-        return self._average / self._weight if self._weight else float('nan')
+        return self.losses[-1] if self.losses else float('nan')
+
+    def smoothed(self) -> list[float]: # as many as training steps
+        "`losses`, as a new list"
+        return list(self.losses)
 
     # ---- events
 
     def before_fit(self) -> None:
-        if not self.learn.only_validating: self.reset()
         self._metrics = [mk_metric(o) for o in self.metrics]
-        self._loss_metric = AvgLoss()
-        names = [o.name for o in self._metrics]
-        self._has_valid = self.dls.valid is not None
-        titles = [f'train_{n}' for n in names] if self.train_metrics else []
-        if self._has_valid and self.valid_metrics: titles += ['valid_loss'] + ([f'valid_{n}' for n in names] if self.train_metrics else names)
-        self.metric_names = ['epoch', 'train_loss', *titles] + (['time'] if self.add_time else [])
+        self._on_train = deepcopy(self._metrics) if self.train_metrics else []
+        self._on_valid = [AvgLoss(), *self._metrics]
+        if self.learn.only_validating: return
+        self.reset()
+        self.metric_names = ['epoch', *self._titles()] + (['time'] if self.add_time else [])
 
-    def before_epoch(self) -> None:
-        self._started, self._row = time.perf_counter(), []
+    def _titles(self) -> list[str]:
+        "The names of losses and metrics: with 'train_' and 'valid_' where there are both"
+        names, validates = [o.name for o in self._metrics], self.valid_metrics and self.dls.valid is not None
+        if not self.train_metrics: return ['train_loss'] + (['valid_loss', *names] if validates else [])
+        if not validates: return ['train_loss', *names]
+        return [f'{kind}_{name}' for kind in ('train', 'valid') for name in ['loss', *names]]
 
-    def before_train(self) -> None: self._reset_metrics()
+    def before_epoch(self) -> None: self._started, self._row = time.perf_counter(), []
 
-    def before_validate(self) -> None: self._reset_metrics()
+    def before_train(self) -> None:
+        for metric in self._on_train: metric.reset()
 
-    def _reset_metrics(self) -> None:
-        for metric in [self._loss_metric, *self._metrics]: metric.reset()
+    def before_validate(self) -> None:
+        for metric in self._on_valid: metric.reset()
 
     def after_batch(self) -> None:
         loop = self.learn
-        if loop.loss is None: return
-        if not loop.training: return self._accumulate([self._loss_metric, *self._metrics])
-        self._waiting.append(loop.loss.mean() if loop.loss.dim() else loop.loss)
-        self.lrs.append(loop.opt.hypers[-1]['lr'] if hasattr(loop.opt, 'hypers') else loop.opt.param_groups[-1]['lr'])
-        if self.train_metrics: self._accumulate(self._metrics)
+        loss = loop.loss
+        if loss is None: return
+        if not loop.training: return self._accumulate(self._on_valid)
+        self._waiting.append(loss.mean() if loss.dim() else loss)
+        self.lrs.append((getattr(loop.opt, 'hypers', None) or loop.opt.param_groups)[-1]['lr'])
+        if self._on_train: self._accumulate(self._on_train)
+        if len(self._waiting) >= MOST_WAITING: self._read()
 
     def _accumulate(self, metrics: list[Metric]) -> None:
-        for metric in metrics: metric.accumulate(self.learn)
+        for metric in metrics:
+            try: metric.accumulate(self.learn)
+            except Exception as error: raise _named(error, metric)
 
     def after_train(self) -> None:
-        self._row = [self.smooth_loss] + (self._values(self._metrics) if self.train_metrics else [])
-        self.iters.append(len(self.losses))
+        self._row = [self.smooth_loss, *self._values(self._on_train)]
+        self.iters = [*self.iters[:len(self.rows)], len(self.losses)]
 
     def after_validate(self) -> None:
-        if self.valid_metrics and not self.learn.only_validating: self._row += self._values([self._loss_metric, *self._metrics])
+        if self.valid_metrics and not self.learn.only_validating: self._row += self._values(self._on_valid)
 
     def validation_values(self) -> list[Any]: # loss, then the metrics
         "What the last validation pass gave"
-        return self._values([self._loss_metric, *self._metrics])
+        return self._values(self._on_valid)
 
     def _values(self, metrics: list[Metric]) -> list[Any]:
-        return [o.item() if isinstance(o, torch.Tensor) and o.numel() == 1 else o for o in (m.value for m in metrics)]
+        return [_value_of(o) for o in metrics]
 
     def after_epoch(self) -> None:
         if self.learn.only_validating: return
         self.values.append(self._row)
-        self.log = [self.epoch, *self._row] + ([format_time(time.perf_counter() - self._started)] if self.add_time else [])
+        missing = [None] * (len(self.metric_names) - 1 - self.add_time - len(self._row))
+        self.log = [self.epoch, *self._row, *missing] + ([format_time(time.perf_counter() - self._started)] if self.add_time else [])
+        self.rows.append(self.log)
         self.learn.final_record = self._row
         self.learn.logger(self.log)
 
     def cleanup_epoch(self) -> None: self._read()
 
+    # ---- a checkpoint
+
+    def state_dict(self) -> dict[str, Any]: # numbers, strings and lists of them, the states of metrics
+        "What was recorded, also in the middle of an epoch"
+        kept = {name: list(getattr(self, name)) for name in ('raw_losses', 'losses', 'iters', 'values', 'rows', 'log', 'metric_names')}
+        metrics = [o.state_dict() if hasattr(o, 'state_dict') else None for o in self._on_train]
+        return {**kept, 'lrs': [float(o) for o in self.lrs], 'average': self._average, 'weight': self._weight,
+                'seconds': time.perf_counter() - self._started, 'metrics': metrics}
+
+    def load_state_dict(self,
+        state: dict[str, Any], # from `state_dict`
+    ) -> None:
+        "Go on as if there had been no interruption; a training metric that has no state counts from here on"
+        for name in ('lrs', 'iters', 'values', 'rows', 'log', 'metric_names'): setattr(self, name, list(state[name]))
+        self._raw, self._smooth, self._average, self._weight = list(state['raw_losses']), list(state['losses']), state['average'], state['weight']
+        self._waiting.clear()
+        self._started = time.perf_counter() - state['seconds']
+        if self.values: self.learn.final_record = self.values[-1]
+        for metric, kept in zip(self._on_train, state['metrics']):
+            if kept is not None: metric.load_state_dict(kept)
+
     # ---- looking
 
-    def history(self) -> pd.DataFrame: # one row an epoch
-        "The table of losses and metrics"
+    def history(self) -> pd.DataFrame: # one row an epoch, by its number
+        "The table of losses, metrics and times"
         import pandas as pd
-        names = [o for o in self.metric_names if o not in ('epoch', 'time')]
-        return pd.DataFrame(self.values, columns=names).rename_axis('epoch')
+        return pd.DataFrame(self.rows, columns=self.metric_names or ['epoch']).set_index('epoch')
 
     def plot_loss(self,
         skip_start: int = 5,     # leave out the first steps
         with_valid: bool = True, # the validation loss of each epoch, too
-        log: bool = False,       # logarithmic losses
+        log: bool = False,       # logarithmic axes
         show_epochs: bool = False, # a line at the end of each epoch
-        ax: Axes | None = None,  # where to draw
+        ax: Axes | None = None,  # where to draw; a new figure if not given
     ) -> Axes:                   # the axes drawn on
-        "Training and validation loss over the steps"
+        "The moving average of the training loss over the steps, and the validation loss"
         ax = subplots(figsize=(6, 4))[1][0, 0] if ax is None else ax
-        ax.plot(range(skip_start, len(self.losses)), self.smoothed()[skip_start:], label='train')
-        if with_valid and 'valid_loss' in self.metric_names:
-            column = self.metric_names.index('valid_loss') - 1
-            points = [(i, row[column]) for i, row in zip(self.iters, self.values) if len(row) > column]
-            ax.plot(*zip(*points), '-o', label='valid')
+        skip = min(skip_start, len(self.losses) // 2)
+        ax.plot(range(skip, len(self.losses)), self.losses[skip:], label='train')
+        points = [(i, value) for i, value in zip(self.iters, self._column('valid_loss')) if value is not None and i >= skip]
+        if with_valid and points: ax.plot(*zip(*points), '-o', label='valid')
         for i in self.iters if show_epochs else (): ax.axvline(i, color='lightgrey', zorder=0)
-        ax.set(xlabel='step', ylabel='loss', yscale='log' if log else 'linear')
+        ax.set(xlabel='step', ylabel='loss', title='learning curve', **({'xscale': 'log', 'yscale': 'log'} if log else {}))
         ax.legend()
         return ax
 
-    def smoothed(self) -> list[float]: # as many as there are losses
-        "The moving average of the training loss at every step"
-        average, weight, result = 0., 0., []
-        for value in self.losses:
-            average, weight = self.beta * average + (1 - self.beta) * value, self.beta * weight + (1 - self.beta)
-            result.append(average / weight)
-        return result
+    def _column(self, name: str) -> list[Any]: # one entry an epoch; `None` where there was none
+        place = self.metric_names.index(name) if name in self.metric_names else None
+        return [None if place is None else row[place] for row in self.rows]
 
     def plot_sched(self,
-        keys: list[str] | None = None, # which hyper-parameters; all if not given
-    ) -> None:
-        "What the scheduler set, over the steps"
-        import numpy as np
-        keys = list(self.hps) if keys is None else keys
-        for ax, key in zip(get_grid(len(keys), nrows=1), keys):
-            ax.plot(np.array(self.hps[key]))
+        keys: Sequence[str] | str | None = None,    # which hyper-parameters; all if not given
+        figsize: tuple[float, float] | None = None, # inches of the whole figure
+    ) -> list[Axes]:                                # one for each
+        "What schedulers set, over the steps"
+        keys = list(self.hps) if keys is None else as_list(keys)
+        unknown = [o for o in keys if o not in self.hps]
+        if unknown or not keys: raise KeyError(f"no schedule of {', '.join(unknown) or 'anything'} was recorded; there is {', '.join(self.hps) or 'none: fit with a schedule (fit_one_cycle) first'}")
+        axes = _small_axes(len(keys), 2, figsize)
+        for ax, key in zip(axes, keys):
+            ax.plot(self.hps[key])
             ax.set(xlabel='step', ylabel=key)
+        return axes
+
+    def plot_metrics(self,
+        nrows: int | None = None,                   # rows of the grid
+        ncols: int | None = None,                   # columns; three at most if not given
+        figsize: tuple[float, float] | None = None, # inches of the whole figure
+        **kwargs: Any,                              # passed on to `get_grid`
+    ) -> list[Axes]:                                # one for the loss, one for each metric
+        "Loss and metrics over the epochs, training and validation together"
+        named: dict[str, list[str]] = {}
+        for title in self.metric_names[1:len(self.metric_names) - self.add_time]:
+            named.setdefault(re.sub('^(train|valid)_', '', title), []).append(title)
+        axes = _small_axes(len(named), ncols or (3 if nrows is None else None), figsize, nrows=nrows, **kwargs)
+        for ax, (name, titles) in zip(axes, named.items()): self._plot_columns(ax, name, titles)
+        return axes
+
+    def _plot_columns(self, ax: Axes, name: str, titles: list[str]) -> None:
+        for title in titles:
+            points = [(row[0], value) for row, value in zip(self.rows, self._column(title)) if isinstance(value, (int, float))]
+            kind = 'train' if title.startswith('train_') or 'valid_loss' not in self.metric_names else 'valid'
+            ax.plot(*zip(*points or [((), ())]), '-o', color=f"C{kind == 'valid':d}", markersize=3, label=kind)
+        ax.set(xlabel='epoch', ylabel=name)
+        ax.legend()
+
+MOST_WAITING = 1000 # losses that are left where they were computed: each of them takes a block of the device's memory
+
+def _value_of(metric: Metric) -> Any:
+    "The value of a metric, a number where it is one"
+    try: value = metric.value
+    except Exception as error: raise _named(error, metric)
+    return value.item() if hasattr(value, 'item') and math.prod(value.shape) == 1 else value
+
+def _named(error: Exception, metric: Metric) -> BaseException:
+    "The error, with the name of the metric"
+    line = f"in the metric '{metric.name}'"
+    return error if any(o.startswith(line) for o in context_of(error)) else add_context(error, line)
+
+def _small_axes(n: int, most: int | None, figsize: tuple[float, float] | None, **kwargs: Any) -> list[Axes]:
+    "Axes for `n` curves, at most so many beside each other"
+    ncols = None if most is None else min(most, n)
+    rows = kwargs.get('nrows') or math.ceil(n / ncols)
+    return get_grid(n, ncols=ncols, figsize=figsize or (3.6 * (ncols or math.ceil(n / rows)), 2.6 * rows), **kwargs)
 
 def format_time(
     seconds: float, # a duration
