@@ -51,8 +51,8 @@ def num_cpus() -> int: # at least 1
     except AttributeError: return os.cpu_count() or 1
 
 def default_workers() -> int: # at most 16
-    "How many worker processes a loader starts when nothing is said"
-    return min(16, num_cpus())
+    "How many worker processes a loader starts when nothing is said; processes that train together on this machine share its cores"
+    return max(1, min(16, num_cpus() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 def start_method() -> str: # 'fork' or 'spawn'
     "How worker processes are started: forked where that is safe, as PyTorch always did on Linux"

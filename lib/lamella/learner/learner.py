@@ -15,6 +15,7 @@ from ..base.nested import as_list
 from ..base.registry import checked_keywords
 from ..callbacks.progress import ProgressCallback
 from ..data.loaders import DataLoaders
+from .distributing import Distributing
 from .predicting import Predicting
 from .saving import Saving
 from ..loop.recorder import Recorder
@@ -29,7 +30,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/04_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(Predicting, Saving):
+class Learner(Predicting, Saving, Distributing):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,
