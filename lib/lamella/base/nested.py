@@ -45,6 +45,8 @@ def to_device(
 ) -> Any:                                     # the same nesting on `device`
     "Move every tensor of `batch` to `device`"
     if device is None: return batch
+    device = torch.device(device)
+    if type(batch) in (tuple, list) and all(type(o) is torch.Tensor and o.device == device for o in batch): return batch # nothing to do, in little time
     move = lambda o: o.to(device, non_blocking=non_blocking) if isinstance(o, torch.Tensor) else o
     return map_nested(move, batch)
 
