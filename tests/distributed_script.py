@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from lamella.base.processes import distrib_barrier, is_main_process, num_distrib, rank0_first, rank_distrib
 from lamella.base.seeds import set_seed
+from lamella.callbacks.checkpoint import Checkpoint
 from lamella.callbacks.progress import ProgressCallback
 from lamella.data.loader import DataLoader
 from lamella.data.loaders import DataLoaders
@@ -194,6 +195,50 @@ def part_files():
     order = []
     rank0_first(lambda: (FOLDER/'order.txt').open('a').write(f'{rank_distrib()}\n'))
     return outcome(learn)
+
+
+class Own(nn.Module):
+    "Takes names, drops out, and computes its loss"
+    def __init__(self):
+        super().__init__()
+        self.net, self.unused = net(), nn.Linear(2, 2)
+
+    def forward(self, x, labels=None): return dict(loss=nn.functional.cross_entropy(out := self.net(x), labels), logits=out)
+
+
+def part_names():
+    "Batches with names, a model that computes its own loss and has parameters it does not use"
+    named = lambda rows: {'x': torch.stack([o[0] for o in rows]), 'labels': torch.stack([o[1] for o in rows]), 'more': [str(o[1]) for o in rows]}
+    dls = DataLoaders(DataLoader(Points(43, 1), bs=10, shuffle=True, num_workers=0, collate_fn=named), DataLoader(Points(21, 2), bs=10, num_workers=0, split_idx=1, collate_fn=named), device='cpu')
+    set_seed(0)
+    learn = Learner(dls, Own(), metrics=accuracy_of_logits)
+    with learn.distrib_ctx(find_unused_parameters=True): learn.fit(1, 0.05)
+    return outcome(learn)
+
+
+def accuracy_of_logits(pred, y): return accuracy(pred['logits'] if isinstance(pred, dict) else pred, y)
+
+
+class Stop(Callback):
+    "Ends the script in the middle of the second epoch"
+    fit_only = True
+    def after_batch(self):
+        if self.training and self.epoch == 1 and self.iter == 2: raise KeyboardInterrupt
+
+
+def part_resume():
+    "Interrupted in the middle of the second epoch, and gone on with"
+    whole = learner()
+    with whole.distrib_ctx(): whole.fit_one_cycle(2, 0.05)
+    first = learner()
+    try:
+        with first.distrib_ctx(): first.fit_one_cycle(2, 0.05, checkpoint=Checkpoint(FOLDER/'run', n_batches=1), cbs=Stop)
+    except KeyboardInterrupt: pass
+    distrib_barrier()
+    again = learner()
+    with again.distrib_ctx(): again.fit_one_cycle(2, 0.05, checkpoint=Checkpoint(FOLDER/'run', n_batches=1))
+    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in again.model.state_dict().items())
+    return outcome(again)
 
 
 def part_other_samples():
