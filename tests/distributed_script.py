@@ -20,7 +20,7 @@ from lamella.metrics import accuracy
 from lamella.optim.optimizer import SGD
 
 torch.set_num_threads(1)
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[1] if __name__ == '__main__' else '.')
 
 
 def points(n, seed):
@@ -174,7 +174,7 @@ def part_unseeded():
     with learn.distrib_ctx():
         learn.fit(1, 0.05, cbs=Thaw)
         masks = []
-        learn.fit(1, 0.01, cbs=type('Masks', (Callback,), {'before_batch': lambda self: masks.append(torch.rand(1).item())})())
+        learn.fit(1, 0.01, cbs=type('Masks', (Callback,), {'order': 12, 'before_batch': lambda self: masks.append(torch.rand(1).item())})())
     return dict(mask=masks[0], after=torch.rand(3).tolist(), **outcome(learn))
 
 
@@ -192,7 +192,6 @@ def part_files():
     assert any(isinstance(o, ProgressCallback) for o in learn.cbs)
     learn.path = FOLDER/f'by-{rank_distrib()}'
     learn.save('model')
-    order = []
     rank0_first(lambda: (FOLDER/'order.txt').open('a').write(f'{rank_distrib()}\n'))
     return outcome(learn)
 
@@ -257,5 +256,18 @@ def part_error():
     except Exception as error: return f'{type(error).__name__}: {error}'
 
 
+class Crash(Callback):
+    "Something goes wrong in one process alone"
+    def after_batch(self):
+        if rank_distrib() == 1 and self.iter == 1: raise ValueError('out of luck')
+
+
+def part_crash():
+    learn = learner()
+    with learn.distrib_ctx(): learn.fit(1, cbs=Crash)
+
+
 if __name__ == '__main__':
-    for name in sys.argv[2:]: torch.save(globals()[f'part_{name}'](), FOLDER/f'{name}-{rank_distrib()}.pt')
+    for name in sys.argv[2:]:
+        if is_main_process(): print('part', name, flush=True)
+        torch.save(globals()[f'part_{name}'](), FOLDER/f'{name}-{rank_distrib()}.pt')
