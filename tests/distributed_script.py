@@ -86,10 +86,11 @@ def part_predict():
 
 
 def part_losses():
-    "Weights of classes, targets to be ignored, and sums, without batch norm"
+    "Weights of classes, targets to be ignored, and sums, without batch norm; the last batch has one sample, process 1 nothing of it"
+    dls = DataLoaders(DataLoader(Points(41, 1), bs=10, shuffle=True, num_workers=0), DataLoader(Points(21, 2), bs=10, num_workers=0, split_idx=1), device='cpu')
     found = {}
     for name, loss in dict(weighted=nn.CrossEntropyLoss(torch.tensor([1., 5., 2.])), ignoring=nn.CrossEntropyLoss(ignore_index=2), summed=nn.CrossEntropyLoss(reduction='sum')).items():
-        learn = learner(norm=False, loss_func=loss, opt_func=SGD)
+        learn = learner(dls, norm=False, loss_func=loss, opt_func=SGD)
         with learn.distrib_ctx(): learn.fit(1, 1e-3 if name == 'summed' else 0.05)
         found[name] = outcome(learn)
     return found
@@ -111,10 +112,10 @@ def part_stream():
 
 
 def part_bad_samples():
-    "In the first batch of validation, process 1 can read nothing; in the third nobody can"
-    dls = DataLoaders(DataLoader(Points(40, 1, bad=[3, 17]), bs=8, shuffle=True, num_workers=2, on_error='skip', split_idx=0),
+    "Of the first batch process 1 can read nothing, neither in training nor in validation; of the third of validation nobody can"
+    dls = DataLoaders(DataLoader(Points(40, 1, bad=[2, 3, 17]), bs=4, num_workers=2, on_error='skip', split_idx=0),
                       DataLoader(Points(20, 2, bad=[3, 4, 5, 12, 13, 14, 15, 16, 17]), bs=6, num_workers=0, on_error='skip', split_idx=1), device='cpu')
-    learn = learner(dls)
+    learn = learner(dls, opt_func=SGD)
     with learn.distrib_ctx(): learn.fit(2, 0.05)
     return dict(failed=sorted(o.index for o in dls.failures), **outcome(learn))
 

@@ -9,6 +9,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lamella.base.bundle.write_bundle': ('00_base/bundle.html#write_bundle', 'lamella/base/bundle.py')},
             'lamella.base.devices': { 'lamella.base.devices._available': ('00_base/devices.html#_available', 'lamella/base/devices.py'),
                                       'lamella.base.devices._best_device': ('00_base/devices.html#_best_device', 'lamella/base/devices.py'),
+                                      'lamella.base.devices._own_gpu': ('00_base/devices.html#_own_gpu', 'lamella/base/devices.py'),
                                       'lamella.base.devices.default_device': ( '00_base/devices.html#default_device',
                                                                                'lamella/base/devices.py'),
                                       'lamella.base.devices.default_workers': ( '00_base/devices.html#default_workers',
