@@ -23,9 +23,14 @@ def _available(device: torch.device) -> bool:
 
 def _best_device() -> torch.device:
     "The fastest kind of device that this machine has"
-    if torch.cuda.is_available(): return torch.device('cuda', torch.cuda.current_device())
+    if torch.cuda.is_available(): return torch.device('cuda', torch.cuda.current_device() or _own_gpu())
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
+
+def _own_gpu() -> int:
+    "The number of the GPU that a launcher has for this process"
+    own = int(os.environ.get('LOCAL_RANK', 0))
+    return own if own < torch.cuda.device_count() else 0
 
 def resolve_device(
     device: torch.device | str | int, # 'cpu', 'cuda', 'cuda:1', 'mps', or the number of a GPU
@@ -51,8 +56,8 @@ def num_cpus() -> int: # at least 1
     except AttributeError: return os.cpu_count() or 1
 
 def default_workers() -> int: # at most 16
-    "How many worker processes a loader starts when nothing is said"
-    return min(16, num_cpus())
+    "How many worker processes a loader starts when nothing is said; processes that train together on this machine share its cores"
+    return max(1, min(16, num_cpus() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 def start_method() -> str: # 'fork' or 'spawn'
     "How worker processes are started: forked where that is safe, as PyTorch always did on Linux"

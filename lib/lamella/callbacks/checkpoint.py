@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..base.files import atomic_write
+from ..base.processes import is_main_process
 from ..loop.callback import Callback
 from ..loop.state import loop_state
 
@@ -82,7 +83,8 @@ class Checkpoint(Callback):
         state: dict[str, Any], # of the loop
         done: bool = False,    # the fit is over
     ) -> None:
-        "Write one file; a folder that cannot be written to, or a full disk, is a warning, and the training goes on"
+        "Write one file; a folder that cannot be written to, or a full disk, is a warning, and the training goes on; of several processes the main one writes"
+        if not is_main_process(): return
         started = time.perf_counter()
         try: self._write({'version': VERSION, 'fit': self.fits, 'done': done, **state})
         except OSError as error: self._complain(error)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..base.nested import find_bs, to_concat, to_detach
+from ..base.processes import is_main_process
 from ..loop.callback import Callback
 
 # %% auto #0
@@ -39,7 +40,7 @@ class GatherPredsCallback(Callback):
         self.targets: list[Any] = []
         self.losses: list[torch.Tensor] = []
         for folder in (self.save_preds, self.save_targs):
-            if folder is not None: folder.mkdir(parents=True, exist_ok=True)
+            if folder is not None and is_main_process(): folder.mkdir(parents=True, exist_ok=True)
 
     def after_batch(self) -> None:
         if self.with_input: self.inputs.append(to_detach(self.xb))
@@ -49,7 +50,7 @@ class GatherPredsCallback(Callback):
 
     def _take(self, values: Any, kept: list | None, folder: Path | None) -> None:
         if kept is not None: kept.append(values)
-        if folder is not None: torch.save(values, folder/str(self.iter))
+        if folder is not None and is_main_process(): torch.save(values, folder/str(self.iter))
 
     def gathered(self) -> dict[str, Any]: # 'inputs', 'preds', 'targets', 'losses'; `None` for what there is none of
         "Everything of all batches, joined"

@@ -23,6 +23,7 @@ from .order import BatchPlan, Order, choose_order, replaced_arguments
 from .pipeline import Pipeline, data_error, describe_value
 from .plans import Plans, Position
 from .reading import BatchReader, Failure, StreamReader, collate
+from .shares import Share, drawing_for
 from .transform import RandTransform
 from .types import plain
 from .workers import Workers
@@ -56,6 +57,8 @@ def refused_keywords(
 # %% ../../../nbs/10_data/17_loader.ipynb #179307ec
 class DataLoader(Position, Decoding):
     "Batches of a dataset, transformed on the device, in an order and with a randomness that follow from one seed"
+    share: Share | None = None # the pieces of the batches that this process reads; all of them if not given
+
     @refused_keywords
     @checked_keywords
     def __init__(self,
@@ -151,6 +154,7 @@ class DataLoader(Position, Decoding):
         "The numbers and batches of an epoch, from batch `first` on"
         if self.is_stream: return self._finished(self._streamed(epoch, first), 1)
         plans = self.plans(epoch)[first:]
+        if self.share is not None: plans = self.share.of(plans)
         return self._finished(zip(self.workers.read(self._reader(), plans, self._pins()), plans), sum(len(o.indices) for o in plans[:8]))
 
     def _finished(self, batches: Iterator, expected: int) -> Iterator[tuple[int, Any]]:
@@ -161,6 +165,7 @@ class DataLoader(Position, Decoding):
             self.failures += read.bad
             tally.add(read.tried, read.bad)
             if read.batch is not None: yield plan.number, self.finish(read.batch, plan)
+            elif plan.share: yield plan.number, None # other processes may have something
         tally.report()
 
     def _reader(self) -> BatchReader:
@@ -181,7 +186,7 @@ class DataLoader(Position, Decoding):
         if not len(self.after_batch): return batch
         if not self._draws(): return self._transform(batch, plan)
         generators = self._batch_generators(plan)
-        with keep_random_states(), keep_generators(generators):
+        with keep_random_states(), keep_generators(generators), drawing_for(plan.share):
             seed = derive_seed(plan.seed, plan.epoch, 'batch', plan.number)
             seed_all(seed)
             seed_generators(generators, seed)

@@ -28,6 +28,7 @@ class BatchPlan(NamedTuple):
     indices: list[int]                 # of the samples
     repeats: Sequence[int] = ()        # how often each of them came before in this epoch; empty: never
     spares: Sequence[int] = ()         # other samples of the epoch, to take the place of those that cannot be read
+    share: Sequence[int] = ()          # the rows of a larger batch that these are: the first one, the one after the last, and how many that batch has
 
 # %% ../../../nbs/10_data/10_order.ipynb #1d6bcf1f
 class Cuts(Sequence):

@@ -16,6 +16,7 @@ from ..base.registry import checked_keywords
 from ..callbacks.progress import ProgressCallback
 from ..data.loaders import DataLoaders
 from .precision import Precision
+from .distributing import Distributing
 from .saving import Saving
 from ..loop.named import OwnLoss, computes_loss
 from .strategies import Strategies
@@ -32,7 +33,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/05_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(Precision, Strategies, Summarising, Saving):
+class Learner(Precision, Strategies, Summarising, Saving, Distributing):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,

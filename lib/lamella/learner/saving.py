@@ -15,6 +15,7 @@ import torch
 from ..base.bundle import FORMAT_VERSION, write_bundle
 from ..base.files import atomic_write
 from ..base.pickling import dump_objects
+from ..base.processes import distrib_barrier, is_main_process
 from ..base.registry import is_registered, name_of
 from ..base.seeds import keep_random_states
 from ..base.spec import describe
@@ -82,7 +83,8 @@ class Saving(Fitting):
         file: str | os.PathLike, # a name, or a path
         with_opt: bool = True,   # the state of the optimizer, too
     ) -> Path:                   # the file
-        "Save the weights, to go on with training"
+        "Save the weights, to go on with training; of several processes, the main one writes"
+        if not is_main_process(): return self.model_file(file)
         state = {'model': self.model.state_dict()}
         if with_opt and self.opt is not None: state['opt'] = self.opt.state_dict()
         target = self.model_file(file)
@@ -97,6 +99,7 @@ class Saving(Fitting):
         strict: bool = True,          # all weights have to fit
     ) -> Saving:                      # itself
         "Load weights that `save` saved; nothing but tensors and numbers is read from the file"
+        distrib_barrier() # the main process may still be writing it
         source = self.model_file(file)
         if not source.is_file(): raise FileNotFoundError(f"there is no file '{source}' with saved weights")
         state = torch.load(source, map_location='cpu', weights_only=True)
@@ -111,7 +114,8 @@ class Saving(Fitting):
     def export(self,
         fname: str | os.PathLike = 'export.pkl', # a name in `path`, or a path
     ) -> Path:                                   # the file
-        "Write one file from which `load_learner` makes a `Predictor`, without any of the training code; the learner is not changed"
+        "Write one file from which `load_learner` makes a `Predictor`, without any of the training code; the learner is not changed, and of several processes the main one writes"
+        if not is_main_process(): return self.path/fname
         objects: list[Any] = []
         pipeline = InferencePipeline.from_loader(self.dls.valid if self.dls.valid is not None else self.dls.train)
         spec = {'format': 'lamella', 'version': FORMAT_VERSION, 'libraries': _versions(), 'model': describe_model(self.model, objects),

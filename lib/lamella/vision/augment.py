@@ -13,6 +13,7 @@ import torch
 
 from ..base.nested import as_list
 from ..base.registry import register
+from ..data.shares import whole_rows
 from ..data.transform import RandTransform
 from ..data.types import plain
 from .batch import BatchTransform, Pixels, Step
@@ -162,16 +163,16 @@ class RandomResizedCropGPU(AffineCoordTfm):
 
     def matrix(self, x: torch.Tensor, size: tuple[int, int], split_idx: int | None = None) -> torch.Tensor | None: # (n,3,3)
         "Draw: ten tries, then the largest part whose aspect is allowed"
-        n, aspect = len(x), size[1] / size[0]
+        (n, rows), aspect = whole_rows(len(x)), size[1] / size[0]
         largest = min(max(aspect, self.ratio[0]), self.ratio[1])
         part = torch.tensor([[min(1., largest / aspect)], [min(1., aspect / largest)]], dtype=torch.float64).expand(2, n)
-        if split_idx: return _crop(part * self.valid_scale, torch.zeros(2, n, dtype=torch.float64))
+        if split_idx: return _crop(part * self.valid_scale, torch.zeros(2, n, dtype=torch.float64))[rows]
         area = between(self.min_scale, self.max_scale)(10 * n).view(10, n)
         shape = between(math.log(self.ratio[0]), math.log(self.ratio[1]))(10 * n).view(10, n).exp() / aspect
         tries = torch.stack([(area * shape).sqrt(), (area / shape).sqrt()])
         fits = (tries <= 1).all(0)
         first = tries.gather(1, fits.int().argmax(0).expand(2, 1, n))[:, 0]
-        return _crop(torch.where(fits.any(0), first, part), between(-1, 1)(2 * n).view(2, n))
+        return _crop(torch.where(fits.any(0), first, part), between(-1, 1)(2 * n).view(2, n))[rows]
 
 def _crop(part: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     "Matrices of parts (2,n) of an image, at places from -1 to 1"
@@ -207,7 +208,8 @@ class RandomErasing(RandTransform):
             area = random.uniform(self.sl, self.sh) * h * w / count
             aspect = math.exp(random.uniform(math.log(self.min_aspect), -math.log(self.min_aspect)))
             part = done[..., self._span(area * aspect, h), self._span(area / aspect, w)]
-            part.copy_(torch.randn(part.shape))
+            n, rows = whole_rows(len(part))
+            part.copy_(torch.randn(n, *part.shape[1:])[rows])
         return done
 
 # %% ../../../nbs/60_vision/14_augment.ipynb #d1ec3da1

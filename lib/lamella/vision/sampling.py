@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.labels import function_name
+from ..data.shares import whole_rows
 from .cropping import PadMode
 from .pixels import Pixels, Step
 
@@ -30,12 +31,13 @@ def draw_numbers(
     batch: bool = False,                   # one number for all images
 ) -> torch.Tensor:                         # (n,) on the CPU, 64 bits
     "One number for each image of a batch"
-    n = len(x)
+    (n, rows), given = whole_rows(len(x)), callable(draw)
     count = 1 if batch else n
     if draw is None: draw = default(count)
-    elif callable(draw): draw = draw(x)
-    values = torch.as_tensor(draw, dtype=torch.float64, device='cpu').flatten()[:n].expand(n)
-    return values if p >= 1 else torch.where(torch.rand(count) < p, values, neutral)
+    elif given: draw = draw(x)
+    values = torch.as_tensor(draw, dtype=torch.float64, device='cpu').flatten()
+    values = values[:len(x)].expand(len(x)) if given else values[:n].expand(n)[rows]
+    return values if p >= 1 else torch.where((torch.rand(count) < p).expand(n)[rows], values, neutral)
 
 def between(
     low: float,  # least number
