@@ -4,14 +4,12 @@
 
 # %% ../../../nbs/20_loop/10_loggers.ipynb #89a1e546
 from __future__ import annotations
-import math
 import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
