@@ -11,7 +11,7 @@ import torch
 
 from ..base.figures import get_grid, subplots
 from .callback import Callback
-from ..metrics import AvgLoss, Metric, mk_metric
+from ..metrics import AvgLoss, Metric, metric_error, mk_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ class Recorder(Callback):
 
     def before_fit(self) -> None:
         if not self.learn.only_validating: self.reset()
-        self._metrics = [mk_metric(o) for o in self.metrics]
+        self._metrics = mk_metrics(self.metrics)
         self._loss_metric = AvgLoss()
         names = [o.name for o in self._metrics]
         self._has_valid = self.dls.valid is not None
@@ -95,7 +95,9 @@ class Recorder(Callback):
         if self.train_metrics: self._accumulate(self._metrics)
 
     def _accumulate(self, metrics: list[Metric]) -> None:
-        for metric in metrics: metric.accumulate(self.learn)
+        for metric in metrics:
+            try: metric.accumulate(self.learn)
+            except Exception as error: raise metric_error(metric, self.learn, error)
 
     def after_train(self) -> None:
         self._row = [self.smooth_loss] + (self._values(self._metrics) if self.train_metrics else [])
