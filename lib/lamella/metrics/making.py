@@ -152,7 +152,7 @@ def mk_metric(
     if callable(m) and not inspect.isclass(m): return AvgMetric(m)
     raise TypeError(f'a metric is a Metric or a function of predictions and targets, not {m!r}')
 
-def _acts_like_a_metric(m: Any) -> bool: return all(hasattr(m, o) for o in ('reset', 'accumulate', 'value'))
+def _acts_like_a_metric(m: Any) -> bool: return {'reset', 'accumulate', 'value'} <= set(dir(m)) # `hasattr` would compute the value
 
 def _made(cls: type) -> Any:
     try: return cls()
