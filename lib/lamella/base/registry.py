@@ -76,7 +76,8 @@ def registered(
     if name not in _registered and module.split('.')[0] == 'lamella' and module not in sys.modules:
         try: importlib.import_module(module)
         except ImportError as error: raise LookupError(f"'{name}' cannot be loaded: {error}") from error
-    if name in _registered: return _registered[name]
+    found = _registered.get(name) or getattr(sys.modules.get(module), name.partition(':')[2], None)
+    if found is not None and is_registered(found): return found # also under the name of a package that has it from one of its modules
     raise LookupError(f"nothing is registered as '{name}'.{did_you_mean(name, _registered)} "
                       'If it is your own class or function, import the module that has `@register` above it first.')
 

@@ -23,7 +23,7 @@ from .strategies import Strategies
 from .summary import Summarising
 from ..loop.recorder import Recorder
 from ..losses import loss_of_task
-from ..metrics import mk_metric
+from ..metrics import mk_metrics
 from ..nets.groups import trainable_params
 from ..optim.optimizer import Adam, Optimizer
 
@@ -56,7 +56,7 @@ class Learner(Precision, Strategies, Summarising, Saving, Distributing):
     ):
         if not hasattr(dls, 'train'): dls = DataLoaders(*as_list(dls))
         elif not isinstance(dls, DataLoaders): dls = DataLoaders(dls.train, dls.valid)
-        self.opt_func, self.lr, self.splitter, self.metrics = opt_func, lr, splitter, [mk_metric(o) for o in as_list(metrics)]
+        self.opt_func, self.lr, self.splitter, self.metrics = opt_func, lr, splitter, mk_metrics(metrics)
         self.path, self.model_dir = Path(getattr(dls, 'path', '.') if path is None else path), model_dir
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
         if target_names is not None: self.target_names = tuple(target_names)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..base.errors import add_context, context_of
 from ..base.figures import get_grid, subplots
 from ..base.nested import as_list
 from .callback import Callback
-from ..metrics import AvgLoss, Metric, mk_metric
+from ..metrics import AvgLoss, Metric, metric_error, mk_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +92,7 @@ class Recorder(Callback):
     # ---- events
 
     def before_fit(self) -> None:
-        self._metrics = [mk_metric(o) for o in self.metrics]
+        self._metrics = mk_metrics(self.metrics)
         self._on_train = deepcopy(self._metrics) if self.train_metrics else []
         self._on_valid = [AvgLoss(), *self._metrics]
         if self.learn.only_validating: return
@@ -128,7 +127,7 @@ class Recorder(Callback):
     def _accumulate(self, metrics: list[Metric]) -> None:
         for metric in metrics:
             try: metric.accumulate(self.learn)
-            except Exception as error: raise _named(error, metric)
+            except Exception as error: raise metric_error(metric, self.learn, error)
 
     def after_train(self) -> None:
         self._row = [self.smooth_loss, *self._values(self._on_train)]
@@ -246,13 +245,8 @@ MOST_WAITING = 1000 # losses that are left where they were computed: each of the
 def _value_of(metric: Metric) -> Any:
     "The value of a metric, a number where it is one"
     try: value = metric.value
-    except Exception as error: raise _named(error, metric)
+    except Exception as error: raise metric_error(metric, None, error)
     return value.item() if hasattr(value, 'item') and math.prod(value.shape) == 1 else value
-
-def _named(error: Exception, metric: Metric) -> BaseException:
-    "The error, with the name of the metric"
-    line = f"in the metric '{metric.name}'"
-    return error if any(o.startswith(line) for o in context_of(error)) else add_context(error, line)
 
 def _small_axes(n: int, most: int | None, figsize: tuple[float, float] | None, **kwargs: Any) -> list[Axes]:
     "Axes for `n` curves, at most so many beside each other"

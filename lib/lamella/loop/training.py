@@ -12,6 +12,7 @@ from torch import nn
 
 from ..base.errors import add_context, describe_value
 from ..base.modules import describe_failure
+from ..base.mismatch import explain_loss_error
 from ..base.nested import as_list, to_device
 from .callback import Callback
 from .named import TARGET_NAMES, OwnLoss, call_named, main_output, split_named
@@ -67,9 +68,11 @@ class TrainingLoop:
         return pred if type(pred) is torch.Tensor else main_output(pred, self.loss_func)
 
     def compute_loss(self) -> torch.Tensor: # the loss, with its graph
-        "Call the loss function; an error says what it was given"
+        "Call the loss function; an error says what it was given, and which loss would fit"
         try: return self.loss_func(self.pred, *self.yb)
-        except Exception as error: raise add_context(error, f'in the loss function {self.loss_func}, given predictions {describe_value(self.pred)} and targets {describe_value(self.yb)}')
+        except Exception as error:
+            given = f'in the loss function {self.loss_func}, given predictions {describe_value(self.pred)} and targets {describe_value(self.yb)}'
+            raise add_context(error, '\n'.join(filter(None, [given, explain_loss_error(self.loss_func, self.pred, self.yb, error)])))
 
     def backward(self) -> None:
         "Compute the gradients"
