@@ -15,7 +15,7 @@ from .cropping import NUMPY_MODES, PadMode, Size, checked_choice, width_height
 from .decoding import BILINEAR, NEAREST
 from .placement import ItemGeometry, Placement, SampleTransform, follow
 from .points import TensorPoint
-from .types import PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
+from .types import PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor, tensor_later
 
 # %% auto #0
 __all__ = ['ToTensor', 'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'ResizeMethod', 'Resize', 'RatioResize',
@@ -26,9 +26,10 @@ __all__ = ['ToTensor', 'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'Res
 class ToTensor(Transform):
     "From a PIL image to a tensor of its type"
     order = 5
+    puts_off = True # the loader may fill its tensors later, if nothing comes after it
 
-    def encodes(self, o: PILImage) -> TensorImage: return image2tensor(o)
-    def encodes(self, o: PILImageBW) -> TensorImageBW: return image2tensor(o)
+    def encodes(self, o: PILImage) -> TensorImage: return tensor_later(o)
+    def encodes(self, o: PILImageBW) -> TensorImageBW: return tensor_later(o)
     def encodes(self, o: PILMask) -> TensorMask: return image2tensor(o)[0]
 
 # %% ../../../nbs/60_vision/07_transforms.ipynb #d6403810

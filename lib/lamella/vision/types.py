@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/60_vision/03_types.ipynb #aba254d6
 from __future__ import annotations
+import functools
 import os
 import weakref
 from collections import deque
@@ -16,22 +17,23 @@ from PIL import Image
 
 from ..base.figures import show_image
 from ..base.registry import register
+from ..data.later import now_or_later
 from ..data.types import TensorBase, plain
 from .cropping import PILGeometry, TensorGeometry
-from .decoding import BILINEAR, NEAREST, Box, decode_jpeg, explain_damage, open_image, read_array, resize_tensor, to_image, to_mask, to_mode, to_pixels
+from .decoding import BILINEAR, NEAREST, Box, PlainJpeg, decode_jpeg, explain_damage, open_image, plain_jpeg, read_array, resize_tensor, to_image, to_mask, to_mode, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImageBase', 'TensorImage', 'TensorImageBW', 'TensorMask',
-           'image2tensor']
+           'image2tensor', 'tensor_later']
 
 # %% ../../../nbs/60_vision/03_types.ipynb #9dda34b7
 _held: deque[weakref.ref] = deque() # images whose files are still open
 _MAX_HELD = 8
 
-def _hold(image: PILBase, opened: Image.Image) -> None:
+def _hold(image: PILBase, opened: Image.Image | PlainJpeg) -> None:
     "Keep a file open for the time being, and close the one that has been open for longest"
     image._opened = opened, os.getpid()
     _held.append(weakref.ref(image))
@@ -60,7 +62,8 @@ class PILBase(PILGeometry, Image.Image):
     _resample = 0                                # 0: interpolated when resized, 1: never (index of `resamples`)
     _source: Any = None                          # path or bytes, as long as they are not read
     _opened: Any = None                          # (the open file, the process that opened it)
-    _pixels: torch.Tensor | None = None          # (c,h,w), uint8: the pixels, as long as PIL has not asked for them
+    _made: torch.Tensor | None = None            # (c,h,w), uint8: the pixels, as long as PIL has not asked for them
+    _later: Any = None                           # makes them, if that was put off
     _to_mode = staticmethod(to_mode)
 
     def __init__(self,
@@ -68,6 +71,14 @@ class PILBase(PILGeometry, Image.Image):
     ):
         super().__init__()
         if im is not None: self._adopt(im)
+
+    @property
+    def _pixels(self) -> torch.Tensor | None: # (c,h,w), uint8; `None` where PIL has them
+        if self._later is not None: self._pixels = self._later()
+        return self._made
+
+    @_pixels.setter
+    def _pixels(self, pixels: torch.Tensor | None) -> None: self._made, self._later = pixels, None
 
     def _adopt(self, im: Image.Image) -> None:
         "Share the pixels of `im`"
@@ -97,7 +108,7 @@ class PILBase(PILGeometry, Image.Image):
 
     @classmethod
     def _create_lazily(cls, source: Any, mode: str | None) -> PILBase:
-        made, opened = cls(), open_image(source)
+        made, opened = cls(), plain_jpeg(source) or open_image(source)
         made._source, made._size, made._mode, made.info = source, opened.size, mode or opened.mode, dict(opened.info)
         made.readonly = 1 # as PIL's own files, until somebody writes
         _hold(made, opened)
@@ -111,7 +122,7 @@ class PILBase(PILGeometry, Image.Image):
         made.readonly = 1
         return made
 
-    def _take_opened(self) -> Image.Image | None:
+    def _take_opened(self) -> Any:
         "The open file, if there is one that this process opened; nobody else gets it"
         opened, pid = self.__dict__.pop('_opened', None) or (None, 0)
         if opened is not None and (self._source is None or pid != os.getpid()): opened.close()
@@ -120,6 +131,10 @@ class PILBase(PILGeometry, Image.Image):
     def _read(self, size: tuple[int, int] | None = None) -> tuple[Image.Image | torch.Tensor, tuple[float, float]]:
         "The file's pixels in the mode of this image, all of them or as few as an image of `size` needs; and (width, height) of the image in these pixels"
         opened = self._take_opened() or open_image(self._source)
+        if isinstance(opened, PlainJpeg):
+            pixels = opened.pixels(self._mode, size) if opened.size == self.size else None
+            if pixels is not None: return pixels, opened.size
+            opened = open_image(self._source)
         try:
             with opened:
                 reduced = opened.draft(self._mode, size) if size is not None else None
@@ -164,6 +179,8 @@ class PILBase(PILGeometry, Image.Image):
         source: Any = self
         wide, tall = w, h
         if self._source is not None:
+            later = self._resized_later(size, box, mode) if mode and now_or_later() else None
+            if later is not None: return later
             wanted = [max(1, round(full * to / (end - start))) for full, to, start, end in zip((w, h), size, box, box[2:])]
             source, (wide, tall) = self._read((wanted[0], wanted[1]) if not self._resample else None) # type: ignore[assignment]
         x, y = wide / w, tall / h
@@ -172,6 +189,17 @@ class PILBase(PILGeometry, Image.Image):
             return self._of_pixels(resize_tensor(_tensor_of(source), size, tuple(map(round, box)), mode=mode)) # type: ignore[arg-type]
         if isinstance(source, torch.Tensor): source = Image.fromarray(_last(source).numpy())
         return self.cast(source.resize(size, resample, box=box, reducing_gap=2.0))
+
+    def _resized_later(self, size: tuple[int, int], box: Box, mode: str) -> PILBase | None:
+        "An image whose pixels are made when somebody asks for them; `None` if that would need PIL"
+        opened, kind = (self._opened or (None, 0))[0], self._mode
+        if not isinstance(opened, PlainJpeg) or opened.size != self.size or any(abs(o - round(o)) >= 1e-6 for o in box): return None
+        left, top, right, bottom = map(round, box)
+        if not opened.is_needed(size, (left, top, right, bottom)): return None
+        made = type(self)()
+        made._size, made._mode, made.readonly = size, kind, 1
+        made._later = functools.partial(opened.resized, kind, size, (left, top, right, bottom), mode)
+        return made
 
     @property
     def shape(self) -> tuple[int, int]: # (height, width)
@@ -279,3 +307,12 @@ def image2tensor(
 ) -> torch.Tensor:    # (c,h,w), uint8, contiguous
     "The pixels of an image, one plane a channel"
     return _tensor_of(img).clone(memory_format=torch.contiguous_format)
+
+def tensor_later(
+    img: PILBase,   # an image
+) -> torch.Tensor:  # (c,h,w), uint8, contiguous; where the loader puts work off, it fills the tensor when all samples of the batch are drawn
+    "`image2tensor` for the very end of a pipeline, where nobody looks at a sample before it is in a batch"
+    later = now_or_later()
+    if later is None or img._later is None: return image2tensor(img)
+    make = img._later
+    return later.tensor((1 if img.mode == 'L' else 3, *img.shape), lambda out: out.copy_(make()))
