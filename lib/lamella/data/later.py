@@ -71,5 +71,5 @@ def rows_of(
     values: Sequence[Any],  # one a sample
 ) -> bool:                  # they are, all of them and in their order
     "Are these tensors the rows of a batch already?"
-    step, first = batch[0].numel(), batch.data_ptr()
+    step, first = batch[0].nbytes, batch.data_ptr()
     return len(values) == len(batch) and all(isinstance(o, torch.Tensor) and o.shape == batch.shape[1:] and o.data_ptr() == first + k * step and o.is_contiguous() for k, o in enumerate(values))

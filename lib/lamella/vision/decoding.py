@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 # %% auto #0
 __all__ = ['BILINEAR', 'NEAREST', 'Box', 'to_mode', 'to_mask', 'to_image', 'open_image', 'explain_damage', 'decode_jpeg',
-           'to_pixels', 'resize_tensor', 'read_array']
+           'PlainJpeg', 'plain_jpeg', 'to_pixels', 'resize_tensor', 'read_array']
 
 # %% ../../../nbs/60_vision/00_decoding.ipynb #41110634
 def _is_deep(im: Image.Image) -> bool:
@@ -143,23 +143,23 @@ class PlainJpeg:
         try: return decode(torch.frombuffer(self.data, dtype=torch.uint8), mode)
         except RuntimeError: return None
 
-    def is_needed(self,
-        size: tuple[int, int],           # (width, height) of the result
-        box: tuple[int, int, int, int],  # the part that it is made of
-    ) -> bool:                           # PIL could not do with fewer
-        "Are all pixels needed to make `size` of a part?"
-        return min(whole // max(1, round(whole * to / (end - start))) for whole, to, start, end in zip(self.size, size, box, box[2:])) <= 1
+    def resized_later(self,
+        mode: str,              # 'RGB' or 'L'
+        size: tuple[int, int],  # (width, height) of the result
+        box: Box,               # the part to take
+        how: str,               # 'bilinear' or 'bicubic'
+    ) -> Callable[[], torch.Tensor] | None: # makes (c,height,width), uint8, or raises `ValueError`; `None` if that is for PIL, or for fewer pixels
+        "What takes a part of the picture and resizes it"
+        part = tuple(map(round, box))
+        if any(abs(a - b) >= 1e-6 for a, b in zip(box, part)): return None
+        wanted = (max(1, round(whole * to / (end - start))) for whole, to, start, end in zip(self.size, size, part, part[2:]))
+        if min(a // b for a, b in zip(self.size, wanted)) > 1: return None
+        return functools.partial(self._resized, mode, size, part, how)
 
-    def resized(self,
-        mode: str,                       # 'RGB' or 'L'
-        size: tuple[int, int],           # (width, height) of the result
-        box: tuple[int, int, int, int],  # the part to take
-        how: str,                        # 'bilinear' or 'bicubic'
-    ) -> torch.Tensor:                   # (c,height,width), uint8; `ValueError` if PIL has to read it
-        "A part of the picture, resized"
+    def _resized(self, mode: str, size: tuple[int, int], part: Any, how: str) -> torch.Tensor:
         pixels = self.pixels(mode, self.size)
         if pixels is None: raise ValueError('a JPEG that PIL has to read')
-        return resize_tensor(pixels, size, box, mode=how)
+        return resize_tensor(pixels, size, part, mode=how)
 
 _SMALL = 2**18 # bytes of a file that is read at once
 _ENTRY = struct.Struct('>BBH') # of a JPEG's head: 255, what it is, how long it is

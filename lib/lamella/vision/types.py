@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/60_vision/03_types.ipynb #aba254d6
 from __future__ import annotations
-import functools
 import os
 import weakref
 from collections import deque
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImageBase', 'TensorImage', 'TensorImageBW', 'TensorMask',
-           'image2tensor', 'tensor_later']
+           'image2tensor']
 
 # %% ../../../nbs/60_vision/03_types.ipynb #9dda34b7
 _held: deque[weakref.ref] = deque() # images whose files are still open
@@ -40,7 +39,6 @@ def _hold(image: PILBase, opened: Image.Image | PlainJpeg) -> None:
     while len(_held) > _MAX_HELD:
         oldest = _held.popleft()()
         if oldest is not None: oldest._take_opened()
-
 
 def _last(pixels: torch.Tensor) -> torch.Tensor:
     "(c,h,w) as PIL has it: (h,w) or (h,w,c)"
@@ -74,16 +72,13 @@ class PILBase(PILGeometry, Image.Image):
 
     @property
     def _pixels(self) -> torch.Tensor | None: # (c,h,w), uint8; `None` where PIL has them
-        if self._later is not None: self._pixels = self._later()
+        if self._later is not None: self._made, self._later = self._later(), None
         return self._made
-
-    @_pixels.setter
-    def _pixels(self, pixels: torch.Tensor | None) -> None: self._made, self._later = pixels, None
 
     def _adopt(self, im: Image.Image) -> None:
         "Share the pixels of `im`"
-        self._pixels = getattr(im, '_pixels', None)
-        if self._pixels is None: im.load()
+        self._made = getattr(im, '_pixels', None)
+        if self._made is None: im.load()
         self._im, self._mode, self._size, self.palette, self.info = im._im, im.mode, im.size, im.palette, dict(im.info)
         self.readonly = 1 # PIL copies them before it changes one
 
@@ -118,7 +113,7 @@ class PILBase(PILGeometry, Image.Image):
     def _of_pixels(cls, pixels: torch.Tensor) -> PILBase:
         "An image of (c,h,w) bytes"
         made = cls()
-        made._pixels, made._mode, made._size = pixels, 'L' if len(pixels) == 1 else 'RGB', (pixels.shape[2], pixels.shape[1])
+        made._made, made._mode, made._size = pixels, 'L' if len(pixels) == 1 else 'RGB', (pixels.shape[2], pixels.shape[1])
         made.readonly = 1
         return made
 
@@ -132,8 +127,7 @@ class PILBase(PILGeometry, Image.Image):
         "The file's pixels in the mode of this image, all of them or as few as an image of `size` needs; and (width, height) of the image in these pixels"
         opened = self._take_opened() or open_image(self._source)
         if isinstance(opened, PlainJpeg):
-            pixels = opened.pixels(self._mode, size) if opened.size == self.size else None
-            if pixels is not None: return pixels, opened.size
+            if opened.size == self.size and (pixels := opened.pixels(self._mode, size)) is not None: return pixels, opened.size
             opened = open_image(self._source)
         try:
             with opened:
@@ -149,7 +143,7 @@ class PILBase(PILGeometry, Image.Image):
         "Read the file, if that has not been done (PIL calls this wherever it needs pixels)"
         if self._source is not None or self._pixels is not None:
             source = self._read()[0] if self._pixels is None else Image.fromarray(_last(self._pixels).numpy())
-            self._im, self.palette, self._source, self._pixels, self.readonly = source.im, source.palette, None, None, source.readonly
+            self._im, self.palette, self._source, self._made, self.readonly = source.im, source.palette, None, None, source.readonly
         return super().load()
 
     def _new(self, im: Any) -> PILBase: return self.cast(super()._new(im))
@@ -191,14 +185,11 @@ class PILBase(PILGeometry, Image.Image):
         return self.cast(source.resize(size, resample, box=box, reducing_gap=2.0))
 
     def _resized_later(self, size: tuple[int, int], box: Box, mode: str) -> PILBase | None:
-        "An image whose pixels are made when somebody asks for them; `None` if that would need PIL"
-        opened, kind = (self._opened or (None, 0))[0], self._mode
-        if not isinstance(opened, PlainJpeg) or opened.size != self.size or any(abs(o - round(o)) >= 1e-6 for o in box): return None
-        left, top, right, bottom = map(round, box)
-        if not opened.is_needed(size, (left, top, right, bottom)): return None
+        opened = (self._opened or (None, 0))[0]
+        later = opened.resized_later(self._mode, size, box, mode) if isinstance(opened, PlainJpeg) and opened.size == self.size else None
+        if later is None: return None
         made = type(self)()
-        made._size, made._mode, made.readonly = size, kind, 1
-        made._later = functools.partial(opened.resized, kind, size, (left, top, right, bottom), mode)
+        made._size, made._mode, made._later, made.readonly = size, self._mode, later, 1
         return made
 
     @property
@@ -307,12 +298,3 @@ def image2tensor(
 ) -> torch.Tensor:    # (c,h,w), uint8, contiguous
     "The pixels of an image, one plane a channel"
     return _tensor_of(img).clone(memory_format=torch.contiguous_format)
-
-def tensor_later(
-    img: PILBase,   # an image
-) -> torch.Tensor:  # (c,h,w), uint8, contiguous; where the loader puts work off, it fills the tensor when all samples of the batch are drawn
-    "`image2tensor` for the very end of a pipeline, where nobody looks at a sample before it is in a batch"
-    later = now_or_later()
-    if later is None or img._later is None: return image2tensor(img)
-    make = img._later
-    return later.tensor((1 if img.mode == 'L' else 3, *img.shape), lambda out: out.copy_(make()))
