@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/10_data/14_workers.ipynb #c23b6c8f
 from __future__ import annotations
+import ctypes
 import functools
 import gc
 import io
@@ -11,6 +12,7 @@ import multiprocessing.connection
 import pickle
 import random
 import signal
+import sys
 import time
 import warnings
 import weakref
@@ -187,7 +189,17 @@ def _exit_codes(workers: Sequence[Any], wait: bool) -> list[int]:
 def _begin(init: Callable[[int], Any] | None, number: int) -> None:
     "First thing in a worker: what it shares with its parent is no garbage; a collection would write to each object, and so copy it"
     gc.freeze()
+    _keep_memory()
     if init is not None: init(number)
+
+def _keep_memory() -> None:
+    "Memory of a picture is used for the next one: glibc would give it back to the system, which takes longer to hand out new pages than to fill them"
+    if not sys.platform.startswith('linux'): return
+    library = ctypes.CDLL(None)
+    for setting, size in ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26)):
+        if hasattr(library, 'mallopt'): library.mallopt(setting, size)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3 # of `malloc.h`
 
 def _why_it_died(message: str, method: str) -> str:
     "What to try"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 # %% auto #0
 __all__ = ['BILINEAR', 'NEAREST', 'Box', 'to_mode', 'to_mask', 'to_image', 'open_image', 'explain_damage', 'decode_jpeg',
-           'to_pixels', 'resize_tensor', 'read_array']
+           'PlainJpeg', 'plain_jpeg', 'to_pixels', 'resize_tensor', 'read_array']
 
 # %% ../../../nbs/60_vision/00_decoding.ipynb #41110634
 def _is_deep(im: Image.Image) -> bool:
@@ -118,6 +119,92 @@ def decode_jpeg(
     opened.fp.seek(0)
     try: return decode(torch.frombuffer(bytearray(opened.fp.read()), dtype=torch.uint8), mode)
     except RuntimeError: return None
+
+class PlainJpeg:
+    "A small JPEG in memory: its head read without PIL, which needs as long for one as for a tenth of the pixels"
+    fp = None # no file is open
+
+    def __init__(self,
+        data: bytearray,        # the file
+        size: tuple[int, int],  # (width, height)
+        mode: str,              # 'RGB' or 'L'
+        info: dict[str, Any],   # what PIL's `info` would say
+    ): self.data, self.size, self.mode, self.info = data, size, mode, info
+
+    def close(self) -> None: "Nothing is open"
+
+    def pixels(self,
+        mode: str,                    # 'RGB' or 'L'
+        size: tuple[int, int] | None, # (width, height) that is needed; all that there is if not given
+    ) -> torch.Tensor | None:         # (c,h,w), uint8; `None` if PIL has to read it
+        "All pixels, where they are wanted and PIL could not do with fewer"
+        decode = _jpeg_decoder() if size is not None and mode in ('RGB', 'L') else None
+        if decode is None or min(a // b for a, b in zip(self.size, size)) > 1: return None # type: ignore[arg-type]
+        try: return decode(torch.frombuffer(self.data, dtype=torch.uint8), mode)
+        except RuntimeError: return None
+
+    def resized_later(self,
+        mode: str,              # 'RGB' or 'L'
+        size: tuple[int, int],  # (width, height) of the result
+        box: Box,               # the part to take
+        how: str,               # 'bilinear' or 'bicubic'
+    ) -> Callable[[], torch.Tensor] | None: # makes (c,height,width), uint8, or raises `ValueError`; `None` if that is for PIL, or for fewer pixels
+        "What takes a part of the picture and resizes it"
+        part = tuple(map(round, box))
+        if any(abs(a - b) >= 1e-6 for a, b in zip(box, part)): return None
+        wanted = (max(1, round(whole * to / (end - start))) for whole, to, start, end in zip(self.size, size, part, part[2:]))
+        if min(a // b for a, b in zip(self.size, wanted)) > 1: return None
+        return functools.partial(self._resized, mode, size, part, how)
+
+    def _resized(self, mode: str, size: tuple[int, int], part: Any, how: str) -> torch.Tensor:
+        pixels = self.pixels(mode, self.size)
+        if pixels is None: raise ValueError('a JPEG that PIL has to read')
+        return resize_tensor(pixels, size, part, mode=how)
+
+_SMALL = 2**18 # bytes of a file that is read at once
+_ENTRY = struct.Struct('>BBH') # of a JPEG's head: 255, what it is, how long it is
+
+def plain_jpeg(
+    source: str | bytes,  # path of a file, or what is in it
+) -> PlainJpeg | None:    # `None` for anything unusual: all other files, large pictures, those with EXIF, colour profiles, four channels, scans one after another
+    "A small JPEG with nothing in it but pixels (ITU-T T.81, annex B)"
+    data = source if isinstance(source, bytes) else _small_file(source)
+    if not 4 < len(data) < _SMALL or data[:2] != b'\xff\xd8': return None
+    try: size, mode, info = _head_of(data)
+    except (ValueError, IndexError, struct.error): return None
+    return PlainJpeg(bytearray(data), size, mode, info) if size[0] * size[1] <= _PART_OF_PHOTO else None
+
+_PART_OF_PHOTO = 2**22 # pixels; of a larger one seldom all are needed
+
+def _small_file(path: str) -> bytes:
+    "What is in a file; of a larger one only a part, of none nothing"
+    try: file = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
+    except OSError: return b''
+    try: return os.read(file, _SMALL)
+    except OSError: return b''
+    finally: os.close(file)
+
+def _head_of(data: bytes) -> tuple[tuple[int, int], str, dict[str, Any]]:
+    "Size, mode and what PIL would tell of it; `ValueError` for a head with anything unusual"
+    at, size, mode, info = 2, (0, 0), '', {}
+    while True:
+        begin, kind, length = _ENTRY.unpack_from(data, at)
+        if begin != 255: break
+        if kind == 0xC0:
+            bits, height, width, channels = struct.unpack_from('>BHHB', data, at + 4)
+            size, mode = (width, height), {(8, 1): 'L', (8, 3): 'RGB'}.get((bits, channels), '')
+        elif kind == 0xE0: info.update(_jfif(data[at + 4:at + 2 + length]))
+        elif kind == 0xDA and mode and size[0] and size[1]: return size, mode, info
+        elif kind not in (0xC4, 0xDB, 0xDD): break # tables
+        at += 2 + length
+    raise ValueError
+
+def _jfif(entry: bytes) -> dict[str, Any]:
+    "The head's first entry (JFIF 1.02), in PIL's words"
+    if entry[:5] != b'JFIF\0': raise ValueError
+    version, unit, wide, high = struct.unpack_from('>HBHH', entry, 5)
+    if unit > 1: raise ValueError
+    return {'jfif': version, 'jfif_version': divmod(version, 256), **({'dpi': (wide, high)} if unit else {}), 'jfif_unit': unit, 'jfif_density': (wide, high)}
 
 def to_pixels(
     im: Image.Image, # of mode 'RGB' or 'L'

@@ -5,6 +5,7 @@
 # %% ../../../nbs/60_vision/10_pixels.ipynb #5fe45340
 from __future__ import annotations
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 # %% auto #0
@@ -68,8 +70,15 @@ class Pixels:
         "Put the values into `out`"
         most = None if out.is_floating_point() else 65535 if out.dtype == torch.uint16 else 255
         if most: out.copy_(self.value().mul_(most).round_().clamp_(0, most))
+        elif self._y is self._x and self._x.dtype == torch.uint8 and out.device.type == 'cpu': self._write_bytes(out)
         elif not _is_not(self.shift, 0.): torch.mul(self.y, self.scale, out=out)
         else: torch.add(self.y.mul_(self.scale) if _is_not(self.scale, 1.) else self.y, self.shift, out=out)
+
+    def _write_bytes(self, out: torch.Tensor) -> None:
+        "Bytes that no step has changed, read once and written once: NumPy converts and multiplies in one pass, which PyTorch 2.x does a number at a time"
+        scale = self.scale.numpy() if isinstance(self.scale, torch.Tensor) else np.float32(self.scale)
+        np.multiply(self._x.numpy(), scale, out=out.numpy(), dtype=np.float32)
+        if _is_not(self.shift, 0.): out.add_(self.shift)
 
 _thread = threading.local()
 
@@ -143,6 +152,12 @@ def in_parts(
 
 # %% ../../../nbs/60_vision/10_pixels.ipynb #44e7c122
 _spare: deque[mmap.mmap] = deque(maxlen=2) # memory of batches that nobody needs any more
+_forks = itertools.count() # moves on whenever this process is forked: what was in use then is shared with the child, and would be copied page by page
+_generation = [next(_forks)]
+
+def _forked() -> None: _generation[0] = next(_forks)
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_parent=_forked, after_in_child=_spare.clear)
 
 def new_batch(
     shape: tuple[int, ...], # of the tensor
@@ -155,9 +170,16 @@ def new_batch(
     try: memory = _spare.pop()
     except IndexError: memory = _large_pages(size)
     if len(memory) != size: memory = _large_pages(size)
+    memory.madvise(mmap.MADV_DOFORK)
     view = memoryview(memory) # the tensor keeps it, and it goes when the tensor goes
-    weakref.finalize(view, _spare.append, memory).atexit = False
+    weakref.finalize(view, _set_aside, memory, _generation[0]).atexit = False
     return torch.frombuffer(view, dtype=dtype).view(shape)
+
+def _set_aside(memory: mmap.mmap, generation: int) -> None:
+    "Keep memory for another batch; a worker process that is forked meanwhile does not get it"
+    if generation != _generation[0]: return
+    memory.madvise(mmap.MADV_DONTFORK)
+    _spare.append(memory)
 
 def _large_pages(size: int) -> mmap.mmap:
     "New memory"

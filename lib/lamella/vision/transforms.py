@@ -8,7 +8,10 @@ import math
 import random
 from typing import Any
 
+import torch
+
 from ..base.registry import register
+from ..data.later import now_or_later
 from ..data.transform import Transform
 from ..data.types import plain
 from .cropping import NUMPY_MODES, PadMode, Size, checked_choice, width_height
@@ -22,13 +25,23 @@ __all__ = ['ToTensor', 'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'Res
            'RandomResizedCrop']
 
 # %% ../../../nbs/60_vision/07_transforms.ipynb #78d8bdd5
+def _tensor_later(
+    img: PILBase,  # an image
+) -> torch.Tensor:  # (c,h,w), uint8, contiguous; where the loader puts work off, it fills the tensor when all samples of the batch are drawn
+    "`image2tensor` for the very end of a pipeline, where nobody looks at a sample before it is in a batch"
+    later = now_or_later()
+    if later is None or img._later is None: return image2tensor(img)
+    make = img._later
+    return later.tensor((1 if img.mode == 'L' else 3, *img.shape), lambda out: out.copy_(make()))
+
 @register
 class ToTensor(Transform):
     "From a PIL image to a tensor of its type"
     order = 5
+    puts_off = True # the loader may fill its tensors later, if nothing comes after it
 
-    def encodes(self, o: PILImage) -> TensorImage: return image2tensor(o)
-    def encodes(self, o: PILImageBW) -> TensorImageBW: return image2tensor(o)
+    def encodes(self, o: PILImage) -> TensorImage: return _tensor_later(o)
+    def encodes(self, o: PILImageBW) -> TensorImageBW: return _tensor_later(o)
     def encodes(self, o: PILMask) -> TensorMask: return image2tensor(o)[0]
 
 # %% ../../../nbs/60_vision/07_transforms.ipynb #d6403810

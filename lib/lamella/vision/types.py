@@ -16,9 +16,10 @@ from PIL import Image
 
 from ..base.figures import show_image
 from ..base.registry import register
+from ..data.later import now_or_later
 from ..data.types import TensorBase, plain
 from .cropping import PILGeometry, TensorGeometry
-from .decoding import BILINEAR, NEAREST, Box, decode_jpeg, explain_damage, open_image, read_array, resize_tensor, to_image, to_mask, to_mode, to_pixels
+from .decoding import BILINEAR, NEAREST, Box, PlainJpeg, decode_jpeg, explain_damage, open_image, plain_jpeg, read_array, resize_tensor, to_image, to_mask, to_mode, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,14 +32,13 @@ __all__ = ['PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImageBase', 'T
 _held: deque[weakref.ref] = deque() # images whose files are still open
 _MAX_HELD = 8
 
-def _hold(image: PILBase, opened: Image.Image) -> None:
+def _hold(image: PILBase, opened: Image.Image | PlainJpeg) -> None:
     "Keep a file open for the time being, and close the one that has been open for longest"
     image._opened = opened, os.getpid()
     _held.append(weakref.ref(image))
     while len(_held) > _MAX_HELD:
         oldest = _held.popleft()()
         if oldest is not None: oldest._take_opened()
-
 
 def _last(pixels: torch.Tensor) -> torch.Tensor:
     "(c,h,w) as PIL has it: (h,w) or (h,w,c)"
@@ -60,7 +60,8 @@ class PILBase(PILGeometry, Image.Image):
     _resample = 0                                # 0: interpolated when resized, 1: never (index of `resamples`)
     _source: Any = None                          # path or bytes, as long as they are not read
     _opened: Any = None                          # (the open file, the process that opened it)
-    _pixels: torch.Tensor | None = None          # (c,h,w), uint8: the pixels, as long as PIL has not asked for them
+    _made: torch.Tensor | None = None            # (c,h,w), uint8: the pixels, as long as PIL has not asked for them
+    _later: Any = None                           # makes them, if that was put off
     _to_mode = staticmethod(to_mode)
 
     def __init__(self,
@@ -69,10 +70,15 @@ class PILBase(PILGeometry, Image.Image):
         super().__init__()
         if im is not None: self._adopt(im)
 
+    @property
+    def _pixels(self) -> torch.Tensor | None: # (c,h,w), uint8; `None` where PIL has them
+        if self._later is not None: self._made, self._later = self._later(), None
+        return self._made
+
     def _adopt(self, im: Image.Image) -> None:
         "Share the pixels of `im`"
-        self._pixels = getattr(im, '_pixels', None)
-        if self._pixels is None: im.load()
+        self._made = getattr(im, '_pixels', None)
+        if self._made is None: im.load()
         self._im, self._mode, self._size, self.palette, self.info = im._im, im.mode, im.size, im.palette, dict(im.info)
         self.readonly = 1 # PIL copies them before it changes one
 
@@ -97,7 +103,7 @@ class PILBase(PILGeometry, Image.Image):
 
     @classmethod
     def _create_lazily(cls, source: Any, mode: str | None) -> PILBase:
-        made, opened = cls(), open_image(source)
+        made, opened = cls(), plain_jpeg(source) or open_image(source)
         made._source, made._size, made._mode, made.info = source, opened.size, mode or opened.mode, dict(opened.info)
         made.readonly = 1 # as PIL's own files, until somebody writes
         _hold(made, opened)
@@ -107,11 +113,11 @@ class PILBase(PILGeometry, Image.Image):
     def _of_pixels(cls, pixels: torch.Tensor) -> PILBase:
         "An image of (c,h,w) bytes"
         made = cls()
-        made._pixels, made._mode, made._size = pixels, 'L' if len(pixels) == 1 else 'RGB', (pixels.shape[2], pixels.shape[1])
+        made._made, made._mode, made._size = pixels, 'L' if len(pixels) == 1 else 'RGB', (pixels.shape[2], pixels.shape[1])
         made.readonly = 1
         return made
 
-    def _take_opened(self) -> Image.Image | None:
+    def _take_opened(self) -> Any:
         "The open file, if there is one that this process opened; nobody else gets it"
         opened, pid = self.__dict__.pop('_opened', None) or (None, 0)
         if opened is not None and (self._source is None or pid != os.getpid()): opened.close()
@@ -120,6 +126,9 @@ class PILBase(PILGeometry, Image.Image):
     def _read(self, size: tuple[int, int] | None = None) -> tuple[Image.Image | torch.Tensor, tuple[float, float]]:
         "The file's pixels in the mode of this image, all of them or as few as an image of `size` needs; and (width, height) of the image in these pixels"
         opened = self._take_opened() or open_image(self._source)
+        if isinstance(opened, PlainJpeg):
+            if opened.size == self.size and (pixels := opened.pixels(self._mode, size)) is not None: return pixels, opened.size
+            opened = open_image(self._source)
         try:
             with opened:
                 reduced = opened.draft(self._mode, size) if size is not None else None
@@ -134,7 +143,7 @@ class PILBase(PILGeometry, Image.Image):
         "Read the file, if that has not been done (PIL calls this wherever it needs pixels)"
         if self._source is not None or self._pixels is not None:
             source = self._read()[0] if self._pixels is None else Image.fromarray(_last(self._pixels).numpy())
-            self._im, self.palette, self._source, self._pixels, self.readonly = source.im, source.palette, None, None, source.readonly
+            self._im, self.palette, self._source, self._made, self.readonly = source.im, source.palette, None, None, source.readonly
         return super().load()
 
     def _new(self, im: Any) -> PILBase: return self.cast(super()._new(im))
@@ -164,6 +173,8 @@ class PILBase(PILGeometry, Image.Image):
         source: Any = self
         wide, tall = w, h
         if self._source is not None:
+            later = self._resized_later(size, box, mode) if mode and now_or_later() else None
+            if later is not None: return later
             wanted = [max(1, round(full * to / (end - start))) for full, to, start, end in zip((w, h), size, box, box[2:])]
             source, (wide, tall) = self._read((wanted[0], wanted[1]) if not self._resample else None) # type: ignore[assignment]
         x, y = wide / w, tall / h
@@ -172,6 +183,14 @@ class PILBase(PILGeometry, Image.Image):
             return self._of_pixels(resize_tensor(_tensor_of(source), size, tuple(map(round, box)), mode=mode)) # type: ignore[arg-type]
         if isinstance(source, torch.Tensor): source = Image.fromarray(_last(source).numpy())
         return self.cast(source.resize(size, resample, box=box, reducing_gap=2.0))
+
+    def _resized_later(self, size: tuple[int, int], box: Box, mode: str) -> PILBase | None:
+        opened = (self._opened or (None, 0))[0]
+        later = opened.resized_later(self._mode, size, box, mode) if isinstance(opened, PlainJpeg) and opened.size == self.size else None
+        if later is None: return None
+        made = type(self)()
+        made._size, made._mode, made._later, made.readonly = size, self._mode, later, 1
+        return made
 
     @property
     def shape(self) -> tuple[int, int]: # (height, width)
