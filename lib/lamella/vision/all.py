@@ -10,36 +10,57 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'Path', 'np', 'torch', 'F', 'first', 'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image',
            'Tensor', 'nn', 'optim', 'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download', 'untar_data',
            'get_grid', 'show_image', 'show_images', 'subplots', 'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach',
-           'to_device', 'LazyModule', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed',
-           'GatherPredsCallback', 'LRFinder', 'minimum', 'slide', 'steep', 'valley', 'ProgressCallback',
-           'ParamScheduler', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup',
-           'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller',
-           'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL',
-           'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError', 'Pipeline',
-           'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter',
-           'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter',
-           'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only',
-           'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory',
-           'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError', 'Predictor',
-           'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'Callback',
+           'to_device', 'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib',
+           'setup_distrib', 'teardown_distrib', 'LazyModule', 'register', 'get_random_states', 'no_random',
+           'set_random_states', 'set_seed', 'GradientAccumulation', 'AutoBatch', 'EMACallback', 'BnFreeze', 'bn_types',
+           'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer',
+           'ParallelTrainer', 'FineTuning', 'GatherPredsCallback', 'GradientCheckpointing', 'GradientClip',
+           'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide',
+           'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger',
+           'TerminateOnNaNCallback', 'ReduceLROnPlateau', 'AMPMode', 'ChannelsLast', 'MixedPrecision', 'to_float',
+           'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize', 'ModelResetter', 'RNNCallback',
+           'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback',
+           'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model',
+           'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup', 'TransformBlock',
+           'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller', 'parent_label',
+           'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize',
+           'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError', 'Pipeline', 'FileGetter',
+           'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter',
+           'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter',
+           'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only', 'ItemTransform',
+           'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat',
+           'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError', 'Predictor', 'load_learner',
+           'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'register_strategy', 'Callback',
            'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
-           'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Recorder', 'BaseLoss',
-           'BCEWithLogitsLossFlat', 'CrossEntropyLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropyFlat',
-           'MSELossFlat', 'AvgLoss', 'AvgMetric', 'Metric', 'accuracy', 'accuracy_multi', 'error_rate', 'mae',
-           'mk_metric', 'mse', 'top_k_accuracy', 'create_body', 'create_head', 'default_split', 'num_features_model',
-           'params', 'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init',
-           'load_weights', 'SGD', 'Adam', 'Optimizer', 'OptimWrapper', 'RMSProp', 'SchedCos', 'SchedExp', 'SchedLin',
-           'SchedNo', 'SchedPoly', 'combine_scheds', 'combined_cos', 'Brightness', 'Contrast', 'Hue', 'LightingTfm',
-           'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'BBoxLabeler', 'bb_pad',
-           'clip_remove_empty', 'get_annotations', 'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats',
-           'mnist_stats', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders', 'MaskBlock',
-           'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed', 'resize_image', 'resize_images',
-           'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw',
-           'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner',
-           'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox', 'TensorPoint',
-           'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem', 'FlipItem', 'RandomCrop', 'RandomResizedCrop',
-           'RatioResize', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask',
-           'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor']
+           'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Logger', 'LoggerCallback', 'OwnLoss',
+           'Recorder', 'reduce_loss', 'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat',
+           'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss', 'FocalLossFlat', 'HuberLossFlat',
+           'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat',
+           'SmoothL1LossFlat', 'AccumMetric', 'ActivationType', 'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric',
+           'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore', 'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric',
+           'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti', 'HammingLoss',
+           'HammingLossMulti', 'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric',
+           'LossMetrics', 'MatthewsCorrCoef', 'MatthewsCorrCoefMulti', 'Metric', 'PearsonCorrCoef', 'Perplexity',
+           'Precision', 'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc', 'RocAucBinary', 'RocAucMulti',
+           'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy', 'accuracy_multi',
+           'error_rate', 'exp_rmspe', 'foreground_acc', 'mae', 'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric',
+           'perplexity', 'rmse', 'skm_to_fastai', 'top_k_accuracy', 'create_body', 'create_head', 'default_split',
+           'num_features_model', 'params', 'trainable_params', 'Hook', 'Hooks', 'dummy_eval', 'flatten_model',
+           'has_params', 'hook_output', 'hook_outputs', 'model_sizes', 'total_params', 'AdaptiveConcatPool2d',
+           'LinBnDrop', 'SigmoidRange', 'apply_init', 'LayerInfo', 'layer_info', 'module_summary', 'load_weights',
+           'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan', 'Lamb', 'Larc', 'Lion', 'Lookahead', 'QHAdam',
+           'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'annealer',
+           'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_no', 'Brightness',
+           'Contrast', 'Hue', 'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms',
+           'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'BBoxLabeler', 'bb_pad',
+           'clip_remove_empty', 'get_annotations', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock',
+           'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed',
+           'resize_image', 'resize_images', 'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral',
+           'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner',
+           'vision_learner', 'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox',
+           'TensorPoint', 'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem', 'FlipItem', 'RandomCrop',
+           'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage',
+           'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor']
 
 # %% ../../../nbs/60_vision/19_all.ipynb #b1460732
 import json
@@ -69,12 +90,37 @@ from ..base.devices import default_device, num_cpus
 from ..base.download import DownloadError, URLs, download, untar_data
 from ..base.figures import get_grid, show_image, show_images, subplots
 from ..base.nested import find_bs, tensor, to_concat, to_cpu, to_detach, to_device
+from ..base.processes import distrib_barrier, is_main_process, num_distrib, rank0_first, rank_distrib, setup_distrib, teardown_distrib
 from ..base.registry import LazyModule, register
 from ..base.seeds import get_random_states, no_random, set_random_states, set_seed
+from ..callbacks.accumulation import GradientAccumulation
+from ..callbacks.auto_batch import AutoBatch
+from ..callbacks.averaging import EMACallback
+from ..callbacks.batchnorm import BnFreeze, bn_types, set_bn_eval
+from ..callbacks.best import SaveModelCallback
+from ..callbacks.checkpoint import Checkpoint
+from ..callbacks.collect import CollectDataCallback
+from ..callbacks.distributed import DistributedTrainer, ParallelTrainer
+from ..callbacks.finetuning import FineTuning
 from ..callbacks.gather import GatherPredsCallback
+from ..callbacks.gradient_checkpointing import GradientCheckpointing
+from ..callbacks.gradients import GradientClip
+from ..callbacks.hooks import ActivationStats, HookCallback
+from ..callbacks.log_files import CSVLogger, JSONLines, JSONLogger
 from ..callbacks.lr_find import LRFinder, minimum, slide, steep, valley
-from ..callbacks.progress import ProgressCallback
+from ..callbacks.mixup import CutMix, CutMixUp, MixHandler, MixUp
+from ..callbacks.mlflow import MLflowCallback, MLflowLogger
+from ..callbacks.nan import TerminateOnNaNCallback
+from ..callbacks.plateau import ReduceLROnPlateau
+from ..callbacks.precision import AMPMode, ChannelsLast, MixedPrecision, to_float
+from ..callbacks.progress import ProgressCallback, ShowGraphCallback
+from ..callbacks.resizing import ProgressiveResize
+from ..callbacks.rnn import ModelResetter, RNNCallback, RNNRegularizer, rnn_cbs
 from ..callbacks.schedule import ParamScheduler
+from ..callbacks.short import ShortEpochCallback
+from ..callbacks.stopping import EarlyStoppingCallback
+from ..callbacks.tensorboard import TensorBoardCallback, TensorBoardLogger
+from ..callbacks.wandb import WandbCallback, WandbLogger, log_dataset, log_model
 from ..data.blocks import Categorize, CategoryBlock, CategoryMap, RegressionBlock, RegressionSetup, TransformBlock
 from ..data.datablock import DataBlock
 from ..data.datasets import Datasets
@@ -85,34 +131,48 @@ from ..data.making import PartialDL, WeightedDL
 from ..data.multilabel import EncodedMultiCategorize, MultiCategorize, MultiCategoryBlock, OneHotEncode
 from ..data.pipeline import DataError, Pipeline
 from ..data.sources import FileGetter, ImageGetter, get_files, get_image_files, image_extensions
-from ..data.splitters import (ColSplitter, EndSplitter, FileSplitter, FuncSplitter, GrandparentSplitter, IndexSplitter, MaskSplitter, RandomSplitter,
-    RandomSubsetSplitter, TrainTestSplitter)
+from lamella.data.splitters import (ColSplitter, EndSplitter, FileSplitter, FuncSplitter, GrandparentSplitter, IndexSplitter, MaskSplitter, RandomSplitter, RandomSubsetSplitter,
+    TrainTestSplitter)
 from ..data.tfmdlists import TfmdLists
 from ..data.third_party import ThirdParty, train_only
 from ..data.transform import ItemTransform, RandTransform, Transform
-from lamella.data.types import (Category, MultiCategory, TensorBase, TensorCategory, TensorFloat, TensorMultiCategory, TitledFloat, TitledStr,
-    TitledTuple)
+from ..data.types import (Category, MultiCategory, TensorBase, TensorCategory, TensorFloat, TensorMultiCategory, TitledFloat, TitledStr, TitledTuple)
 from ..export.predictor import ExportError, Predictor, load_learner
 from ..interpret import ClassificationInterpretation, Interpretation
 from ..learner.inference import Prediction
 from ..learner.learner import Learner
+from ..learner.strategies import register_strategy
 from ..loop.callback import Callback
-from ..loop.events import (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-    CancelTrainException, CancelValidException)
+from ..loop.events import (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+    CancelValidException)
+from ..loop.loggers import Logger, LoggerCallback
+from ..loop.named import OwnLoss
 from ..loop.recorder import Recorder
-from ..losses import (BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat)
-from ..metrics import AvgLoss, AvgMetric, Metric, accuracy, accuracy_multi, error_rate, mae, mk_metric, mse, top_k_accuracy
+from ..loop.samplewise import reduce_loss
+from ..loop.tracking import TrackerCallback
+from ..losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CombinedLoss, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat, HuberLossFlat, L1LossFlat,
+    LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat, SmoothL1LossFlat)
+from ..metrics import (AccumMetric, ActivationType, APScoreBinary, APScoreMulti, AvgLoss, AvgMetric, AvgSmoothLoss, BalancedAccuracy, BrierScore, BrierScoreMulti,
+    CohenKappa, CorpusBLEUMetric, Dice, DiceMulti, ExplainedVariance, F1Score, F1ScoreMulti, FBeta, FBetaMulti, HammingLoss, HammingLossMulti,
+    Jaccard, JaccardCoeff, JaccardCoeffMulti, JaccardMulti, LossMetric, LossMetrics, MatthewsCorrCoef, MatthewsCorrCoefMulti, Metric, PearsonCorrCoef,
+    Perplexity, Precision, PrecisionMulti, R2Score, Recall, RecallMulti, RocAuc, RocAucBinary, RocAucMulti, SklearnMetric, SpearmanCorrCoef,
+    TorchMetric, ValueMetric, accuracy, accuracy_multi, error_rate, exp_rmspe, foreground_acc, mae, mk_metric, mk_metrics, mse, msle, optim_metric,
+    perplexity, rmse, skm_to_fastai, top_k_accuracy)
 from ..nets.body import create_body, create_head, default_split, num_features_model
 from ..nets.groups import params, trainable_params
+from ..nets.hooks import Hook, Hooks, dummy_eval, flatten_model, has_params, hook_output, hook_outputs, model_sizes, total_params
 from ..nets.layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange, apply_init
+from ..nets.summary import LayerInfo, layer_info, module_summary
 from ..nets.weights import load_weights
-from ..optim.optimizer import SGD, Adam, Optimizer, OptimWrapper, RMSProp
-from ..optim.schedules import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds, combined_cos
+from ..optim.grouped import Optimizer, OptimWrapper
+from ..optim.hypers import pytorch_hp_map
+from ..optim.optimizer import Adam, Adan, Lamb, Larc, Lion, Lookahead, QHAdam, RAdam, RMSProp, SGD, ranger
+from ..optim.schedules import (SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, annealer, combine_scheds, combined_cos, sched_cos, sched_exp, sched_lin, sched_no)
 from .augment import Brightness, Contrast, Hue, LightingTfm, RandomErasing, RandomResizedCropGPU, Saturation, aug_transforms
-from .boxes import BBoxLabeler, bb_pad, clip_remove_empty, get_annotations
 from .batch import IntToFloatTensor, Normalize, cifar_stats, imagenet_stats, mnist_stats
+from .boxes import BBoxLabeler, bb_pad, clip_remove_empty, get_annotations
 from .cropping import PadMode
-from .data import (BBoxBlock, BBoxLblBlock, ImageBlock, ImageDataLoaders, MaskBlock, PointBlock, SegmentationDataLoaders)
+from .data import BBoxBlock, BBoxLblBlock, ImageBlock, ImageDataLoaders, MaskBlock, PointBlock, SegmentationDataLoaders
 from .downloads import download_images
 from .files import Failed, resize_image, resize_images, verify_image, verify_images
 from .geometry import AffineCoordTfm, DeterministicDihedral, DeterministicDraw, DeterministicFlip, Dihedral, Flip, Rotate, Warp, Zoom
@@ -121,7 +181,7 @@ from .nets import Architecture, create_vision_model, vision_splitter
 from .points import LabeledBBox, TensorBBox, TensorPoint
 from .targets import AddMaskCodes, PointScaler
 from .transforms import CropPad, DihedralItem, FlipItem, RandomCrop, RandomResizedCrop, RatioResize, Resize, ResizeMethod, ToTensor
-from .types import (PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor)
+from .types import PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
 
 # %% ../../../nbs/60_vision/19_all.ipynb #c4642c74
 plt, pd = LazyModule('matplotlib.pyplot'), LazyModule('pandas')
@@ -139,24 +199,39 @@ convnext_tiny, efficientnet_b0 = map(_torchvision, ('convnext_tiny', 'efficientn
 _all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial', 'Path', 'np', 'torch', 'F', 'first',
     'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim', 'default_device', 'num_cpus', 'DownloadError', 'URLs',
     'download', 'untar_data', 'get_grid', 'show_image', 'show_images', 'subplots', 'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach', 'to_device',
-    'LazyModule', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed', 'GatherPredsCallback', 'LRFinder', 'minimum', 'slide',
-    'steep', 'valley', 'ProgressCallback', 'ParamScheduler', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup',
+    'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib', 'setup_distrib', 'teardown_distrib', 'LazyModule', 'register',
+    'get_random_states', 'no_random', 'set_random_states', 'set_seed', 'GradientAccumulation', 'AutoBatch', 'EMACallback', 'BnFreeze', 'bn_types',
+    'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer', 'ParallelTrainer', 'FineTuning', 'GatherPredsCallback',
+    'GradientCheckpointing', 'GradientClip', 'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide',
+    'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger', 'TerminateOnNaNCallback', 'ReduceLROnPlateau',
+    'AMPMode', 'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize', 'ModelResetter', 'RNNCallback',
+    'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback', 'TensorBoardCallback', 'TensorBoardLogger',
+    'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup',
     'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader',
     'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError',
     'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter',
     'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists',
     'ThirdParty', 'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat',
     'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation',
-    'Interpretation', 'Prediction', 'Learner', 'Callback', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException',
-    'CancelFitException', 'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Recorder', 'BaseLoss', 'BCEWithLogitsLossFlat',
-    'CrossEntropyLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'AvgLoss', 'AvgMetric', 'Metric', 'accuracy', 'accuracy_multi',
-    'error_rate', 'mae', 'mk_metric', 'mse', 'top_k_accuracy', 'create_body', 'create_head', 'default_split', 'num_features_model', 'params',
-    'trainable_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init', 'load_weights', 'SGD', 'Adam', 'Optimizer', 'OptimWrapper',
-    'RMSProp', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'combine_scheds', 'combined_cos', 'Brightness', 'Contrast', 'Hue',
-    'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'BBoxLabeler', 'bb_pad', 'clip_remove_empty',
-    'get_annotations', 'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'PadMode', 'BBoxBlock', 'BBoxLblBlock',
-    'ImageBlock', 'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed', 'resize_image', 'resize_images',
-    'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate',
-    'Warp', 'Zoom', 'cnn_learner', 'vision_learner', 'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox', 'TensorPoint',
-    'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem', 'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod',
-    'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor']
+    'Interpretation', 'Prediction', 'Learner', 'register_strategy', 'Callback', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException',
+    'CancelFitException', 'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder',
+    'reduce_loss', 'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss',
+    'FocalLossFlat', 'HuberLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat',
+    'AccumMetric', 'ActivationType', 'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore',
+    'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric', 'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti',
+    'HammingLoss', 'HammingLossMulti', 'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric', 'LossMetrics', 'MatthewsCorrCoef',
+    'MatthewsCorrCoefMulti', 'Metric', 'PearsonCorrCoef', 'Perplexity', 'Precision', 'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc',
+    'RocAucBinary', 'RocAucMulti', 'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy', 'accuracy_multi', 'error_rate',
+    'exp_rmspe', 'foreground_acc', 'mae', 'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric', 'perplexity', 'rmse', 'skm_to_fastai',
+    'top_k_accuracy', 'create_body', 'create_head', 'default_split', 'num_features_model', 'params', 'trainable_params', 'Hook', 'Hooks', 'dummy_eval',
+    'flatten_model', 'has_params', 'hook_output', 'hook_outputs', 'model_sizes', 'total_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange',
+    'apply_init', 'LayerInfo', 'layer_info', 'module_summary', 'load_weights', 'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan', 'Lamb',
+    'Larc', 'Lion', 'Lookahead', 'QHAdam', 'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'annealer',
+    'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_no', 'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing',
+    'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats',
+    'BBoxLabeler', 'bb_pad', 'clip_remove_empty', 'get_annotations', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders',
+    'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed', 'resize_image', 'resize_images', 'verify_image', 'verify_images',
+    'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner',
+    'vision_learner', 'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox', 'TensorPoint', 'AddMaskCodes', 'PointScaler',
+    'CropPad', 'DihedralItem', 'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage',
+    'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor']
