@@ -38,6 +38,7 @@ class Checkpoint(Callback):
         if keep < 1 or (n_batches is not None and n_batches < 1): raise ValueError(f'a checkpoint keeps at least one file, and is written after at least one batch: not keep={keep}, n_batches={n_batches}')
         self.folder, self.n_batches, self.seconds, self.keep = Path(folder), n_batches, seconds, keep
         self.fits = 0 # fits that were done with this folder
+        self.call: dict[str, Any] = {} # what the fit was asked for, to be compared later
         self._cost, self._failed = 0., False
 
     # ---- reading
@@ -86,7 +87,7 @@ class Checkpoint(Callback):
         "Write one file; a folder that cannot be written to, or a full disk, is a warning, and the training goes on; of several processes the main one writes"
         if not is_main_process(): return
         started = time.perf_counter()
-        try: self._write({'version': VERSION, 'fit': self.fits, 'done': done, **state})
+        try: self._write({'version': VERSION, 'fit': self.fits, 'done': done, 'call': self.call, **state})
         except OSError as error: self._complain(error)
         except RuntimeError as error: # torch's way to say that the disk is full
             if 'write' not in str(error) and 'file' not in str(error).lower(): raise

@@ -4,11 +4,13 @@
 
 # %% ../../../nbs/40_learner/01_resuming.ipynb #83b6754c
 from __future__ import annotations
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..callbacks.checkpoint import Checkpoint
-from ..loop.state import restore_loop
+from ..loop.state import load_model_state, restore_loop
+from ..loop.tracking import say
 from ..loop.training import TrainingLoop
 
 # %% auto #0
@@ -30,15 +32,33 @@ class Resuming(TrainingLoop):
         done[keeper.folder.resolve()] += 1
 
     def _run_kept(self, keeper: Checkpoint, n_epoch: int, start_epoch: int, state: dict[str, Any] | None) -> None:
-        if state is not None and state['fit'] > keeper.fits: return # done, and another one after it
+        if state is not None and state['fit'] > keeper.fits: return self._leave_out(state, keeper)
         if state is not None and state['fit'] < keeper.fits: state = None
         if state is not None: self._check_belongs(state['position'], keeper.folder, n_epoch)
-        if state is not None and state['done']: return restore_loop(self, state)
+        keeper.call = self._call()
+        if state is not None: self._warn_if_changed(state['call'], keeper)
+        if state is not None and state['done']:
+            restore_loop(self, state)
+            return say(self, f"'{keeper.folder}': this fit is done; what it gave was read, and nothing was trained")
         self.add_cb(keeper)
         try:
             self.run_epochs(n_epoch, start_epoch, state)
             keeper.write_done()
         finally: self.remove_cb(keeper)
+
+    def _leave_out(self, state: dict[str, Any], keeper: Checkpoint) -> None:
+        "This fit was done, and another one after it: the model gets the newest weights, lest a script that ends here goes on with untrained ones"
+        load_model_state(self.model, state['model'])
+        say(self, f"'{keeper.folder}': fit {keeper.fits + 1} is done, as the folder holds one of fit {state['fit'] + 1}: left out")
+
+    def _call(self) -> dict[str, Any]: # plain values
+        "What a fit was asked for"
+        hypers = getattr(self.opt, 'hypers', [])
+        return {'optimizer': type(getattr(self.opt, 'opt', self.opt)).__name__, **{name: [float(h[name]) for h in hypers if name in h] for name in ('lr', 'wd')}}
+
+    def _warn_if_changed(self, before: dict[str, Any], keeper: Checkpoint) -> None:
+        changed = [f'{name} was {before[name]} and is {value}' for name, value in keeper.call.items() if before.get(name) != value]
+        if changed: warnings.warn(f"the checkpoint in '{keeper.folder}' was written by a fit with other arguments ({'; '.join(changed)}), and it goes on. Give another folder to begin anew", stacklevel=6)
 
     def _check_belongs(self, saved: dict[str, Any], folder: Path, n_epoch: int) -> None:
         "`ValueError` if this fit is another one than the one the checkpoint was written in"
