@@ -196,6 +196,9 @@ class LoggerCallback(RunWriter):
         self._waiting, self._next = [], time.perf_counter() + SECONDS_BETWEEN_WRITES
 
     def after_train(self) -> None:
+        if self.writes and self.resuming and not self._begun: # interrupted behind the last batch of the epoch
+            self._step = self.learn.train_iter
+            self.begin(self.steps_before + self._step)
         if not self.writes or not self._begun: return
         if self._step % self.every: self._note()
         self.flush()
