@@ -40,8 +40,8 @@ def test_parts_are_those_of_pil(kind, grey, size, to, corners):
     assert np.array_equal(ToTensor()(part).numpy(), ToTensor()(cls.cast(Image.fromarray(np.asarray(part)))).numpy())
     difference = np.abs(np.asarray(part).astype(int) - np.asarray(expected))
     reduced = kind[0] == 'JPEG' and any(2 * b <= (d - c) for b, c, d in zip(to, box, box[2:])) # decoded at a half or less
-    grey_of_colour = kind == ('JPEG', 'RGB') and cls is PILImageBW # the decoder's own grey
-    assert difference.max() <= (90 if reduced else 3 if grey_of_colour else 1), difference.max()
+    grey_of_colour = kind == ('JPEG', 'RGB') and cls is PILImageBW # the decoder's own grey: colours outside of RGB are not cut off before it
+    assert difference.max() <= (90 if reduced else 8 if grey_of_colour else 1), difference.max()
 
 
 @settings(max_examples=30, deadline=None)
