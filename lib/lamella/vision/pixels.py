@@ -174,9 +174,9 @@ def new_batch(
     weakref.finalize(view, _set_aside, memory, _generation[0]).atexit = False
     return torch.frombuffer(view, dtype=dtype).view(shape)
 
-def _set_aside(memory: mmap.mmap, generation: int) -> None:
+def _set_aside(memory: mmap.mmap, generation: int, now: list[int] = _generation, spare: deque[mmap.mmap] = _spare) -> None: # defaults: a module's names may be gone before the last batch
     "Keep memory for another batch, if no other process shares its pages"
-    if generation == _generation[0]: _spare.append(memory)
+    if generation == now[0]: spare.append(memory)
 
 def _large_pages(size: int) -> mmap.mmap:
     "New memory"
