@@ -134,14 +134,14 @@ class OwnToTensor(ToTensor):
 class Mosaic(Transform):
     "A user's transform that makes tensors by itself, looks at them, and gives back an image"
     def encodes(self, o: PILImage) -> PILImage:
-        small = ToTensor()(o.resize_part((20, 20)))
+        small = ToTensor()(o.resize_part((30, 30)))
         return PILImage.create(np.tile(255 - np.asarray(small).transpose(1, 2, 0), (2, 2, 1)))
 
 class LooksBack(Transform):
     "Keeps the image before this one, as mixing transforms do"
     last = None
     def encodes(self, o: PILImage) -> PILImage:
-        o = o.resize_part((24, 24))
+        o = o.resize_part((32, 32))
         before, self.last = self.last or o, o
         return PILImage.create(np.asarray(o) // 2 + np.asarray(before) // 2)
 
@@ -199,14 +199,14 @@ def test_a_type_of_the_users_own_that_looks_at_its_tensors(photos, at_one_go):
     class Parts(Transform):
         def encodes(self, o: PILImage) -> Pair:
             made = Pair(o)
-            made.parts = [o.resize_part((16, 32)), o.resize_part((16, 32)).flip_lr()]
+            made.parts = [o.resize_part((40, 32)), o.resize_part((40, 32)).flip_lr()]
             return made
     def encodes(self, o: Pair) -> TensorImage: return torch.cat([self(p) for p in o.parts], 2)
     own = ToTensor._own_verbs['encodes']
     ToTensor(encodes)
     try:
         found = epochs(loader(photos, [Parts()]))
-        assert found[0][0].shape == (4, 3, 32, 32)
+        assert found[0][0].shape == (4, 3, 32, 80)
         at_one_go.never()
         assert_same(found, epochs(loader(photos, [Parts()])))
     finally:
