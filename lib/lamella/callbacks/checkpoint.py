@@ -62,6 +62,7 @@ class Checkpoint(Callback):
 
     def before_fit(self) -> None:
         self._last, self._batches = time.perf_counter(), 0
+        if is_main_process(): self._clean()
         self._in_epochs = all(hasattr(dl, 'load_state_dict') for dl in [self.dls.train])
 
     def after_batch(self) -> None:
@@ -96,7 +97,6 @@ class Checkpoint(Callback):
     def _write(self, state: dict[str, Any]) -> None:
         before = self.files()
         number = _number_of(before[0]) + 1 if before else 0
-        if not before: self._clean()
         with atomic_write(self.folder/f'checkpoint-{number:06d}.pt') as temporary: torch.save(state, temporary)
         for file in self.files()[self.keep:]: file.unlink()
 

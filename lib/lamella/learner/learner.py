@@ -15,6 +15,7 @@ from ..base.nested import as_list
 from ..base.registry import checked_keywords
 from ..callbacks.progress import ProgressCallback
 from ..data.loaders import DataLoaders
+from .calling import Calling
 from .precision import Precision
 from .distributing import Distributing
 from .saving import Saving
@@ -33,7 +34,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/09_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(Precision, Strategies, Summarising, Saving, Distributing):
+class Learner(Precision, Strategies, Summarising, Saving, Distributing, Calling):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,

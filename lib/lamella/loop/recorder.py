@@ -120,7 +120,7 @@ class Recorder(Callback):
         if loss is None: return
         if not loop.training: return self._accumulate(self._on_valid)
         self._waiting.append(loss.mean() if loss.dim() else loss)
-        self.lrs.append((getattr(loop.opt, 'hypers', None) or loop.opt.param_groups)[-1]['lr'])
+        self.lrs.append(getattr(loop.opt, 'opt', loop.opt).param_groups[-1]['lr'])
         if self._on_train: self._accumulate(self._on_train)
         if len(self._waiting) >= MOST_WAITING: self._read()
 

@@ -49,6 +49,7 @@ def restore_loop(
     load_model_state(loop.model, state['model'])
     loop.opt.load_state_dict(state['opt'])
     _take_over(loop.loss_func, state['loss_func'])
+    loop.iter = max(0, state['position']['iter'] - 1)
     loop.loss, loop.train_iter, loop.pct_train = state['loss'], state['position']['train_iter'], state['position']['pct_train']
     _restore_callbacks(loop.cbs, list(state['callbacks']))
     for dl, saved in zip(loop.dls, state['loaders']): _take_over(dl, saved)
