@@ -73,12 +73,12 @@ class Callback:
     @property
     def x(self) -> Any: # a tensor, or a tuple of them
         "The input of the batch; all of them, if there are several"
-        return self.xb[0] if len(self.xb) == 1 else self.xb
+        return self.learn.x
 
     @property
     def y(self) -> Any: # a tensor, or a tuple of them
         "The target of the batch; all of them, if there are several"
-        return self.yb[0] if len(self.yb) == 1 else self.yb
+        return self.learn.y
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ class Recorder(Callback):
         self._raw: list[float] = []
         self._smooth: list[float] = []
         self._waiting: list[torch.Tensor] = []
-        self._average, self._weight, self._row, self._started = 0., 0., [], time.perf_counter()
+        self._average, self._weight, self._row, self._started, self._said_nan = 0., 0., [], time.perf_counter(), False
 
     # ---- the loss
 
@@ -67,6 +68,17 @@ class Recorder(Callback):
             self._average = beta * self._average + (1 - beta) * value
             self._weight = beta * self._weight + (1 - beta)
             self._smooth.append(self._average / self._weight)
+        if not math.isfinite(self._average) and not self._said_nan: self._say_nan()
+
+    def _say_nan(self) -> None:
+        "Once a fit: from which step on the loss is no number"
+        self._said_nan = True
+        if self.learn.searching: return
+        step = next(k for k, value in enumerate(self._raw) if not math.isfinite(value))
+        epoch = sum(step >= end for end in self.iters)
+        batch = step - (self.iters[epoch - 1] if epoch else 0)
+        warnings.warn(f"the loss became {self._raw[step]} in epoch {epoch}, batch {batch} (learning rate {self.lrs[step]:.2e}), and the weights are lost from there on. "
+                      'With cbs=TerminateOnNaNCallback() the training stops there, with good weights, and says in which layer it began', stacklevel=2)
 
     @property
     def losses(self) -> list[float]: # as many as training steps

@@ -98,7 +98,7 @@ class TrainingLoop:
             try:
                 self.fire('before_batch')
                 self._predict()
-                if self.training and self.loss is not None: self._learn()
+                if self.training: self._learn()
             except CancelBatchException: self.fire('after_cancel_batch')
             if self.training: self._count()
             self.fire('after_batch')
@@ -113,6 +113,7 @@ class TrainingLoop:
         self.fire('after_loss')
 
     def _learn(self) -> None:
+        if self.loss is None: raise ValueError(self._no_targets())
         try:
             self.fire('before_backward')
             self.backward()
@@ -139,6 +140,21 @@ class TrainingLoop:
         if not isinstance(batch, tuple): return (batch,), ()
         n = self._n_inp or max(1, len(batch) - 1)
         return batch[:n], batch[n:]
+
+    def _no_targets(self) -> str:
+        "What to do about a batch from which nothing can be learned"
+        if self._by_name: return f"the batch has no targets: its entries are {', '.join(self.xb[0])}, and those named {', '.join(self.target_names)} would be. Say target_names=[...] to the learner"
+        return f'the batch has no targets: it is {describe_value(self.xb)}. A loader gives tuples of inputs and targets; a callback may set self.learn.yb in before_batch'
+
+    @property
+    def x(self) -> Any: # a tensor, or a tuple of them
+        "The input of the batch; all of them, if there are several"
+        return self.xb[0] if len(self.xb) == 1 else self.xb
+
+    @property
+    def y(self) -> Any: # a tensor, or a tuple of them
+        "The target of the batch; all of them, if there are several"
+        return self.yb[0] if len(self.yb) == 1 else self.yb
 
     # ---- the stages
 
