@@ -23,6 +23,7 @@ from ..data.inference import InferencePipeline
 from ..data.transform import Transform
 from .fitting import Fitting
 from ..losses import output_of_loss
+from ..optim.grouped import Optimizer
 from ..nets.weights import load_weights
 
 # %% auto #0
@@ -94,10 +95,18 @@ def load_model(
 
 def _take_over(state: dict[str, Any], model: torch.nn.Module, opt: Any, with_opt: bool, device: Any, strict: bool) -> None:
     weights = state['model'] if set(state) <= {'model', 'opt'} else state
+    with_opt = with_opt and opt is not None and 'opt' in state
+    if with_opt and isinstance(opt, Optimizer): _check_optimizer(opt, state['opt'])
     if strict: model.load_state_dict(weights)
     else: load_weights(model, weights)
     if device is not None: model.to(device)
-    if with_opt and opt is not None and 'opt' in state: opt.load_state_dict(state['opt'])
+    if with_opt and isinstance(opt, Optimizer): opt.load_state_dict(state['opt'], with_frozen=False) # what is frozen now stays so
+    elif with_opt: opt.load_state_dict(state['opt'])
+
+def _check_optimizer(opt: Optimizer, state: dict[str, Any]) -> None:
+    "Before anything is changed"
+    try: opt.check_state(state)
+    except ValueError as error: raise ValueError(f'{error}. With with_opt=False the weights alone are loaded') from error
 
 class Saving(Fitting):
     "The part of a learner that writes and reads files"

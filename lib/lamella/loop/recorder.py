@@ -41,6 +41,7 @@ class Recorder(Callback):
         self.metric_names: list[str] = [] # the columns of the table
         self._on_train: list[Metric] = []
         self._on_valid: list[Metric] = []
+        self._of_inner: list | None = None # what a pass within another one gave
         self.reset()
 
     def reset(self) -> None:
@@ -150,7 +151,18 @@ class Recorder(Callback):
 
     def validation_values(self) -> list[Any]: # loss, then the metrics
         "What the last validation pass gave"
-        return self._values(self._on_valid)
+        found, self._of_inner = self._of_inner, None
+        return self._values(self._on_valid) if found is None else found
+
+    def put_aside(self) -> list[Metric]: # for `take_back`
+        "The metrics of a validation in which another one is called"
+        return deepcopy(self._on_valid)
+
+    def take_back(self,
+        kept: list[Metric], # from `put_aside`
+    ) -> None:
+        "Go on with them, and remember what the pass between gave"
+        self._of_inner, self._on_valid = self._values(self._on_valid), kept
 
     def _values(self, metrics: list[Metric]) -> list[Any]:
         return [_value_of(o) for o in metrics]
