@@ -24,6 +24,9 @@ from lamella.nets.groups import params, trainable_params
 from lamella.optim.optimizer import SGD
 
 
+pytestmark = pytest.mark.filterwarnings('ignore:another learner of this process') # a script that is started again, here in one process
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()

@@ -89,7 +89,6 @@ class MixedPrecision(Callback):
     def cleanup_fit(self) -> None:
         if self._before_search is not None: self.load_state_dict(self._before_search)
         self._before_search = None
-        while self._entered: self.cleanup_batch() # a callback's cleanup failed before this one's
 
     def state_dict(self) -> dict[str, Any]: # numbers
         "The scale, and how many steps were left out"
