@@ -4,7 +4,7 @@
 
 # %% ../../../nbs/00_base/13_modules.ipynb #0f42a65d
 from __future__ import annotations
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from .errors import describe_value
 
 # %% auto #0
-__all__ = ['uncompiled', 'is_out_of_memory', 'failing_layer', 'describe_failure']
+__all__ = ['uncompiled', 'is_out_of_memory', 'failing_layer', 'describe_failure', 'remember_buffers']
 
 # %% ../../../nbs/00_base/13_modules.ipynb #1586be85
 @contextmanager
@@ -76,3 +76,16 @@ def _readable(model: nn.Module, error: BaseException, inputs: tuple) -> BaseExce
         with uncompiled(model), torch.no_grad(): model(*inputs)
     except Exception as plain: return plain
     return error
+
+# %% ../../../nbs/00_base/13_modules.ipynb #962b459a
+def remember_buffers(
+    model: nn.Module, # any module
+) -> Callable[[], None]: # puts the buffers back: the same tensors with the same values
+    "Remember the buffers of a model, such as the running averages of batch norm"
+    before = [(m, name, b, None if b is None else b.detach().clone()) for m in model.modules() for name, b in m._buffers.items()]
+    @torch.no_grad()
+    def put_back() -> None:
+        for m, name, b, value in before:
+            m._buffers[name] = b
+            if b is not None: b.copy_(value)
+    return put_back

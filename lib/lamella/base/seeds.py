@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['get_random_states', 'set_random_states', 'seed_all', 'set_seed', 'seed_generation', 'derive_seed',
+__all__ = ['get_random_states', 'set_random_states', 'seed_all', 'generators_of', 'set_seed', 'seed_generation', 'derive_seed',
            'keep_random_states', 'no_random']
 
 # %% ../../../nbs/00_base/02_seeds.ipynb #cc5e1c13
@@ -42,6 +42,16 @@ def seed_all(
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(seed)
+
+# %% ../../../nbs/00_base/02_seeds.ipynb #f1831fca
+def generators_of(
+    loader: Any, # such as a `torch.utils.data.DataLoader`
+) -> list[torch.Generator]: # each once
+    "The random generators that a loader, its sampler and the sampler of its batches were given"
+    parts = [loader, getattr(loader, 'sampler', None), getattr(loader, 'batch_sampler', None)]
+    parts.append(getattr(parts[-1], 'sampler', None))
+    found = [getattr(o, 'generator', None) for o in parts]
+    return list({id(o): o for o in found if isinstance(o, torch.Generator)}.values())
 
 # %% ../../../nbs/00_base/02_seeds.ipynb #5450e2c8
 _seed_set: dict[str, int] = {'seed': -1, 'generation': 0}

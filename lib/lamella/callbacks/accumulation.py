@@ -21,6 +21,7 @@ __all__ = ['GradientAccumulation']
 class GradientAccumulation(Callback):
     "Adds up gradients until `n_acc` samples were seen, then steps with their mean"
     order, run_valid = 6, False
+    count, steps, scaled, group, ending = 0, 0, False, 1, False # known also when a callback before this one ends the epoch
 
     def __init__(self,
         n_acc: int = 32, # samples a step, at least

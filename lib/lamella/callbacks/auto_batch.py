@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base.errors import add_context
-from ..base.modules import is_out_of_memory
+from ..base.modules import is_out_of_memory, remember_buffers
 from ..base.nested import find_bs, leaves, map_nested, to_concat
 from ..base.seeds import get_random_states, set_random_states
 from ..loop.callback import Callback
@@ -74,7 +75,7 @@ class AutoBatch(Callback):
         if any(isinstance(o, list) for o in self.xb): raise add_context(error, 'AutoBatch cuts tensors into parts, and not lists of samples: take a smaller bs')
         if size == 1: raise add_context(error, 'AutoBatch: not even one sample at a time fits into memory')
         self.sizes[key] = math.ceil(size / 2)
-        warnings.warn(f'out of memory with {size} samples at a time: going on with {self.sizes[key]}, and the same result', stacklevel=2)
+        warnings.warn(f'out of memory with {size} samples at a time: going on with {self.sizes[key]}, and the same result{_except_for(self.model)}', stacklevel=2)
 
     def _forget(self, state: _State) -> None:
         loop = self.learn
@@ -110,14 +111,19 @@ def _joined(parts: list[Any], bs: int) -> Any:
     if all(len(o) == bs for o in leaves(whole) if isinstance(o, torch.Tensor)): return whole
     raise ValueError('AutoBatch needs a model whose outputs all have the samples along their first dimension')
 
+def _except_for(model: nn.Module) -> str:
+    "What is computed of each part alone"
+    sees_parts = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+    return ' (but batch norm sees the parts)' if sees_parts else ''
+
 class _State:
     "What a batch that fails has changed"
     def __init__(self, model: nn.Module):
         self.random = get_random_states()
-        self.buffers = [(b, b.clone()) for b in model.buffers()]
+        self.put_back = remember_buffers(model)
         self.grads = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
 
     def restore(self) -> None:
         set_random_states(self.random)
-        for b, value in self.buffers: b.copy_(value)
+        self.put_back()
         for p, grad in self.grads: p.grad = None if grad is None else grad.clone()

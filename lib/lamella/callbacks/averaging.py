@@ -61,7 +61,8 @@ class EMACallback(Callback):
     def _average(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
         kinds: dict[tuple, tuple[list, list]] = {}
-        for name, own in self._moving.items():
+        for name, holder, key in self._places:
+            own = holder[key].detach()
             averages, tensors = kinds.setdefault((own.device, own.dtype), ([], []))
             averages.append(self.others[name])
             tensors.append(own)
@@ -73,12 +74,13 @@ class EMACallback(Callback):
     def before_fit(self) -> None:
         if not self.learn.phase or not self.others:
             self.others, self.steps, self.swapped = {}, 0, False
-        self._prepare()
+        self._places = self._find_places()
 
-    def _prepare(self) -> None:
-        "What changes in this fit: buffers, and parameters that are not frozen"
-        frozen = {name for name, p in _inner(self.model).named_parameters() if not p.requires_grad}
-        self._moving = {name: o for name, o in self._tensors().items() if name not in frozen}
+    def _find_places(self) -> list[tuple[str, dict, str]]:
+        "Where each tensor is looked up: a module may assign its buffers anew, and what is frozen may train later"
+        own, modules = self._tensors(), _inner(self.model).named_modules()
+        found = [(f'{prefix}.{key}'.lstrip('.'), holder, key) for prefix, m in modules for holder in (m._parameters, m._buffers) for key in holder]
+        return [o for o in found if o[0] in own]
 
     def before_batch(self) -> None: self._put(averaged=False)
 
@@ -101,7 +103,7 @@ class EMACallback(Callback):
 
     def cleanup_fit(self) -> None:
         self._put(averaged=self.replace_weights)
-        self._moving = {}
+        self._places = []
 
     # ---- checkpoints
 

@@ -9,9 +9,11 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from ..base.figures import subplots
-from ..base.seeds import get_random_states, set_random_states
+from ..base.modules import remember_buffers
+from ..base.seeds import generators_of, get_random_states, set_random_states
 from ..loop.callback import Callback
 from ..loop.events import CancelFitException, CancelValidException
 from ..optim.schedules import SchedExp
@@ -29,10 +31,13 @@ class Snapshot:
         loop: Any, # a training loop
     ):
         self.loop = loop
-        self.tensors = [(t, t.detach().clone(), getattr(t, 'grad', None)) for t in [*loop.model.parameters(), *loop.model.buffers()]]
-        self.modes = [(m, m.training) for m in loop.model.modules()]
+        changing = [o for o in (loop.model, loop.loss_func) if isinstance(o, nn.Module)]
+        self.tensors = [(t, t.detach().clone(), t.grad) for o in changing for t in o.parameters()]
+        self.buffers = [remember_buffers(o) for o in changing]
+        self.modes = [(m, m.training) for o in changing for m in o.modules()]
         self.opt, self.opt_state = loop.opt, None if loop.opt is None else deepcopy(loop.opt.state_dict())
         self.loaders = [(dl, dl.state_dict()) for dl in loop.dls if hasattr(dl, 'state_dict') and hasattr(dl, 'load_state_dict')]
+        self.generators = [(o, o.get_state()) for dl in loop.dls for o in generators_of(dl)]
         self.random = get_random_states()
 
     def restore(self) -> None:
@@ -40,12 +45,14 @@ class Snapshot:
         for tensor, value, grad in self.tensors:
             tensor.data.copy_(value)
             tensor.grad = grad
+        for put_back in self.buffers: put_back()
         for module, training in self.modes: module.training = training
         self.loop.opt = self.opt
         if self.opt is not None:
             self.opt.clear_state()
             self.opt.load_state_dict(self.opt_state)
         for dl, state in self.loaders: dl.load_state_dict(state)
+        for generator, state in self.generators: generator.set_state(state)
         set_random_states(self.random)
 
 # %% ../../../nbs/30_callbacks/02_lr_find.ipynb #66ba7dcb

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.modules import remember_buffers
 from ..base.nested import leaves
 from ..base.processes import Processes
 from ..base.seeds import keep_random_states
@@ -55,11 +56,9 @@ def _not_compiled() -> Any:
 @contextmanager
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
     "A block after which running averages are what they were"
-    before = [(b, b.clone()) for b in model.buffers()]
+    put_back = remember_buffers(model)
     try: yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before: buffer.copy_(value)
+    finally: put_back()
 
 # %% ../../../nbs/30_callbacks/05_nan.ipynb #d934691e
 class TerminateOnNaNCallback(Callback):

@@ -71,7 +71,8 @@ class MixedPrecision(Callback):
         self.scaler: torch.amp.GradScaler | None = None
         self._kind: str | None = None # of the device that the scaler is for
         self._before_search: dict[str, Any] | None = None
-        self.skipped_steps, self._in_a_row, self._inside = 0, 0, False
+        self.skipped_steps, self._in_a_row = 0, 0
+        self._entered: list[Any] = [] # the autocast of the batch, and of one that a callback runs within it
 
     # ---- the scale goes on from fit to fit; a search for a learning rate leaves no trace in it
 
@@ -79,7 +80,6 @@ class MixedPrecision(Callback):
         kind = _device_type(self.model)
         if self.amp_mode is AMPMode.BF16 and kind == 'cuda' and not torch.cuda.is_bf16_supported(): raise ValueError(
             'this GPU does not compute in bfloat16: use learn.to_fp16()')
-        self.autocast, self._inside = torch.autocast(kind, dtype=self.amp_mode.dtype), False
         self._make_scaler(kind)
         self._before_search = self.state_dict() if self.learn.searching else None
 
@@ -103,16 +103,20 @@ class MixedPrecision(Callback):
     # ---- forward
 
     def before_batch(self) -> None:
-        self.autocast.__enter__()
-        self._inside = True
+        self._entered.append(torch.autocast(_device_type(self.model), dtype=self.amp_mode.dtype))
+        self._entered[-1].__enter__()
 
     def after_pred(self) -> None: self.learn.pred = to_float(self.pred)
     def after_loss(self) -> None: self._leave()
-    def cleanup_batch(self) -> None: self._leave()
+
+    def cleanup_batch(self) -> None:
+        self._leave()
+        if self._entered: self._entered.pop()
 
     def _leave(self) -> None:
-        if self._inside: self.autocast.__exit__(None, None, None)
-        self._inside = False
+        "Leave the autocast of the batch, unless that was done; its place stays until the batch ends"
+        if self._entered and self._entered[-1] is not None: self._entered[-1].__exit__(None, None, None)
+        self._entered[-1:] = [None] * bool(self._entered)
 
     def around(self,
         model: nn.Module, # of the learner

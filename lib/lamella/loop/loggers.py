@@ -153,7 +153,7 @@ class LoggerCallback(RunWriter):
     ):
         self.logger, self.every, self.config, self.log_preds = logger, every, dict(config or {}), log_preds
         self.log_preds_every_epoch, self.n_preds, self.valid_dl, self.seed = log_preds_every_epoch, n_preds, valid_dl, seed
-        self.steps_before, self.epochs_before, self._begun = 0, 0, False
+        self.steps_before, self.epochs_before, self._begun, self._step, self._epochs = 0, 0, False, 0, 0
         self._config: dict[str, Any] = {}
 
     def before_fit(self) -> None:
@@ -225,24 +225,26 @@ class LoggerCallback(RunWriter):
             plt.close(figure)
 
     def cleanup_fit(self) -> None:
-        if not self._begun: return
-        self.flush()
-        try: self.logger.finish()
-        except Exception as error: self.safely(_again, error)
-        self.steps_before, self.epochs_before, self._begun = self.steps_before + self._step, self.epochs_before + self._epochs, False
+        if self._begun:
+            self.flush()
+            try: self.logger.finish()
+            except Exception as error: self.safely(_again, error)
+        self.steps_before, self.epochs_before = self.steps_before + self._step, self.epochs_before + self._epochs
+        self._begun, self._step, self._epochs = False, 0, 0
 
     # ---- a checkpoint
 
     def state_dict(self) -> dict[str, Any]: # plain values
         "Where the run is; all that was noted is logged before, since a run that goes on begins behind it"
         if self._begun: self.flush()
-        return {'steps': self.steps_before, 'epochs': self.epochs_before, 'logger': self.logger.state_dict()}
+        return {'steps': self.steps_before, 'epochs': self.epochs_before, 'here': [self._step, self._epochs], 'logger': self.logger.state_dict()}
 
     def load_state_dict(self,
         state: dict[str, Any], # from `state_dict`
     ) -> None:
         "Go on with the run"
         self.steps_before, self.epochs_before = state['steps'], state['epochs']
+        self._step, self._epochs = state['here'] # if no batch of this fit is left
         self.logger.load_state_dict(state['logger'])
 
 def _again(error: Exception) -> None:

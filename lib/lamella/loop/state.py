@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..base.nested import map_nested
-from ..base.seeds import get_random_states, set_random_states
+from ..base.seeds import generators_of, get_random_states, set_random_states
 
 # %% auto #0
 __all__ = ['plain_random_states', 'restore_random_states', 'loop_state', 'restore_loop', 'model_state', 'load_model_state']
@@ -61,10 +61,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic): return value.item()
     return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf' else value
 
-def _state_of(part: Any) -> dict[str, Any] | None: return part.state_dict() if hasattr(part, 'state_dict') else None
+def _state_of(part: Any) -> dict[str, Any] | None:
+    "What a part remembers; of a loader of torch, where its generators are"
+    if hasattr(part, 'state_dict'): return part.state_dict()
+    return {'generators': [o.get_state() for o in found]} if (found := generators_of(part)) else None
 
 def _take_over(part: Any, state: dict[str, Any] | None) -> None:
     if state is not None and hasattr(part, 'load_state_dict'): part.load_state_dict(state)
+    elif state is not None:
+        for generator, value in zip(generators_of(part), state.get('generators', ())): generator.set_state(value)
 
 def _restore_callbacks(cbs: list, saved: list[tuple[str, dict]]) -> None:
     "Each callback takes the first state with its name that is left"
