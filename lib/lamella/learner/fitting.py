@@ -14,7 +14,7 @@ import torch
 
 from ..base.nested import as_list
 from ..base.registry import checked_keywords
-from ..callbacks.lr_find import LRFinder, Snapshot, plot_lr_find, valley
+from ..callbacks.lr_find import LRFinder, Snapshot, as_suggestions, plot_lr_find, valley
 from ..callbacks.progress import ProgressCallback
 from ..callbacks.schedule import ParamScheduler
 from ..loop.recorder import Recorder
@@ -161,9 +161,10 @@ class Fitting(Resuming):
         num_it: int = 100,         # how many steps
         stop_div: bool = True,     # stop when the loss explodes
         show_plot: bool = True,    # draw loss over learning rate
-        suggest_funcs: Any = (valley,), # one or several of `valley`, `slide`, `minimum`, `steep`
-    ) -> Any:                      # a named tuple of suggestions
+        suggest_funcs: Any = (valley,), # one or several of `valley`, `slide`, `minimum`, `steep`, or functions of (lrs, losses, num_it), as in fastai; `None` for none
+    ) -> Any:                      # a named tuple of suggestions; `None` without `suggest_funcs`
         "Train with a growing learning rate and suggest one; weights, optimizer, random state and loaders are put back bit for bit"
+        suggesting = as_suggestions(suggest_funcs) # what is wrong is said before the search
         self.model.to(self.dls.device) # moving it replaces its buffers
         before = Snapshot(self)
         self.searching = True
@@ -172,16 +173,17 @@ class Fitting(Resuming):
         finally:
             self.searching = False
             before.restore()
-        lrs, losses = self._search_result()
-        found = {f.__name__: f(lrs, losses) for f in as_list(suggest_funcs)}
-        if show_plot: plot_lr_find(lrs, losses, found)
-        return _suggested_lrs({name: lr for name, (lr, _) in found.items()})
+        lrs, losses = self._search_result(num_it)
+        found = {name: f(torch.tensor(lrs), torch.tensor(losses), num_it) for name, f in suggesting.items()}
+        if show_plot: plot_lr_find(lrs, losses, {name: point for name, (_, point) in found.items()})
+        return None if suggest_funcs is None else _suggested_lrs({name: lr for name, (lr, _) in found.items()})
 
-    def _search_result(self) -> tuple[np.ndarray, np.ndarray]:
-        "Learning rates and smoothed losses of the search, without its first steps and without what is not finite"
+    def _search_result(self, num_it: int) -> tuple[np.ndarray, np.ndarray]:
+        "Learning rates and smoothed losses of the search, without its first tenth, its last five steps, and what is not finite"
         lrs, losses = np.array(self.recorder.lrs), np.array(self.recorder.smoothed())
-        skip = min(10, len(lrs) // 10)
-        kept = np.isfinite(losses) & (np.arange(len(losses)) >= skip)
+        finite, place = np.isfinite(losses), np.arange(len(losses))
+        kept = finite & (place >= num_it // 10) & (place < len(losses) - 5)
+        if kept.sum() < 2: kept = finite # a search of a few steps
         if kept.sum() < 2: raise RuntimeError('the loss was not finite from the first steps of the search on: try a smaller start_lr, and look for NaN in the data')
         return lrs[kept], losses[kept]
 
