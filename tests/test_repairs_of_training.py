@@ -66,3 +66,60 @@ def test_what_is_no_suggestion_is_said_before_the_search():
     learn = learner()
     with pytest.raises(ValueError, match="Did you mean 'valley'"): learn.lr_find(show_plot=False, suggest_funcs='vally')
     assert not learn.recorder.lrs
+
+
+class Named(nn.Module):
+    "Takes and returns dictionaries, as Hugging Face's models do"
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, pixels, labels=None):
+        logits = self.inner(pixels)
+        return {'loss': None if labels is None else F.cross_entropy(logits, labels), 'logits': logits}
+
+
+def dictionaries(): return [{'pixels': x, 'labels': y} for x, y in zip(X, Y)]
+
+
+@pytest.mark.parametrize('loss', [F.cross_entropy, None])
+def test_batches_with_names_can_be_summarised_and_predicted(loss):
+    learn = Learner(loaders(dictionaries()), Named(), loss)
+    learn.logger = lambda row: None
+    learn.fit(1, 0.01)
+    assert 'Linear' in learn.summary() and '16 x 8' in learn.summary()
+    item = dictionaries()[70]
+    logits = learn.model.eval()(item['pixels'][None])['logits'][0]
+    predicted = learn.predict(item)
+    assert predicted[2].argmax() == logits.argmax() and predicted[2].shape == (3,)
+    assert [o[2].argmax().item() for o in learn.predict([item, {'pixels': X[3]}])][0] == logits.argmax()
+
+
+def test_what_a_model_leaves_out_stays_none_in_the_predictions():
+    learn = Learner(loaders(dictionaries()), Named(), lambda pred, y: F.cross_entropy(pred['logits'], y))
+    preds = learn.get_preds(with_decoded=True)[0]
+    assert preds['loss'] is None and preds['logits'].shape == (32, 3)
+
+
+def test_raw_loaders_are_interpreted_and_what_cannot_be_shown_is_said():
+    from lamella.interpret import ClassificationInterpretation
+    learn = learner()
+    found = ClassificationInterpretation.from_learner(learn)
+    assert found.confusion_matrix().shape == (3, 3) and found.confusion_matrix().sum() == 32
+    assert all(isinstance(o[0], int) for o in found.most_confused())
+    assert len(found.plot_confusion_matrix().get_xticklabels()) == 3
+    with pytest.raises(TypeError, match='needs a loader of lamella'): found.plot_top_losses(2)
+    with pytest.raises(TypeError, match='show_results needs a loader of lamella'): learn.show_results()
+
+
+def returns_nothing(pred, y): F.cross_entropy(pred, y)
+
+
+@pytest.mark.parametrize('loss, dtype, said', [(nn.CrossEntropyLoss(reduction='none'), torch.long, "reduction='mean'"), (returns_nothing, torch.long, 'no `return`'),
+    (lambda pred, y: F.cross_entropy(pred, y).item(), torch.long, r'without .item\(\)'), (accuracy, torch.long, 'no gradient'),
+    ('cross_entropy', torch.long, 'has to be a function'), (F.cross_entropy, torch.int32, r'y.long\(\)')])
+def test_a_loss_that_cannot_be_trained_with_is_explained(loss, dtype, said):
+    from lamella.base.errors import context_of
+    with pytest.raises((RuntimeError, AttributeError, TypeError)) as caught: learner(loaders(dtype=dtype) , loss).fit(1)
+    import re
+    assert re.search(said, '\n'.join(context_of(caught.value))), context_of(caught.value)

@@ -77,9 +77,10 @@ class Predicting(Fitting):
 
     def _results(self, gather: GatherPredsCallback, act: Any, with_input: bool, with_decoded: bool, with_loss: bool) -> tuple:
         found, output = gather.gathered(), output_of_loss(self.loss_func)
-        preds = None if found['preds'] is None else map_nested(output.activation if act is None else act, found['preds'])
+        use = lambda func: lambda o: None if o is None else func(o) # a model may leave something out of its output
+        preds = map_nested(use(output.activation if act is None else act), found['preds'])
         result = [found['inputs']] if with_input else []
-        result += [preds, found['targets']] + ([None if preds is None else map_nested(output.decodes, preds)] if with_decoded else [])
+        result += [preds, found['targets']] + ([map_nested(use(output.decodes), preds)] if with_decoded else [])
         return tuple(result + ([found['losses']] if with_loss else []))
 
     def _in_order(self, dl: Any, all_items: bool = False) -> Any:
@@ -125,7 +126,7 @@ class Predicting(Fitting):
     ) -> None:
         "Show samples with target and prediction: green where they agree, red where they do not"
         dl = self.dls[ds_idx] if dl is None else dl
-        batch = dl.new(shuffle=shuffle, drop_last=False, split_idx=1).one_batch()
+        batch = self.dls._lamellas(dl, 'show_results').new(shuffle=shuffle, drop_last=False, split_idx=1).one_batch()
         self.show_predictions(dl, map_nested(lambda o: o[:max_n], batch), **kwargs)
 
     def show_predictions(self,

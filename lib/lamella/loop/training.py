@@ -12,7 +12,7 @@ from torch import nn
 
 from ..base.errors import add_context, describe_value
 from ..base.modules import describe_failure
-from ..base.mismatch import explain_loss_error
+from ..base.mismatch import explain_loss_error, explained_loss
 from ..base.nested import as_list, to_device
 from .callback import Callback
 from .named import TARGET_NAMES, OwnLoss, call_named, main_output, split_named
@@ -109,7 +109,8 @@ class TrainingLoop:
         self.fire('after_pred')
         if not self.yb: return
         self.loss_grad = self.compute_loss()
-        self.loss = self.loss_grad.detach().clone()
+        try: self.loss = self.loss_grad.detach().clone()
+        except AttributeError as error: raise explained_loss(error, self.loss_func, self.loss_grad)
         self.fire('after_loss')
 
     def _learn(self) -> None:
@@ -117,6 +118,7 @@ class TrainingLoop:
             self.fire('before_backward')
             self.backward()
         except CancelBackwardException: self.fire('after_cancel_backward')
+        except RuntimeError as error: raise explained_loss(error, self.loss_func, self.loss_grad)
         self.fire('after_backward')
         try:
             self.fire('before_step')
