@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader as TorchLoader
 from lamella.callbacks.lr_find import minimum, slide, steep, valley
 from lamella.data.loaders import DataLoaders
 from lamella.learner.learner import Learner
-from lamella.metrics import accuracy
+from lamella.callbacks.best import SaveModelCallback
+from lamella.metrics import F1Score, accuracy, rmse
 
 torch.manual_seed(0)
 X = torch.randn(96, 4)
@@ -123,3 +124,74 @@ def test_a_loss_that_cannot_be_trained_with_is_explained(loss, dtype, said):
     with pytest.raises((RuntimeError, AttributeError, TypeError)) as caught: learner(loaders(dtype=dtype) , loss).fit(1)
     import re
     assert re.search(said, '\n'.join(context_of(caught.value))), context_of(caught.value)
+
+
+TWO_GROUPS = dict(splitter=lambda m: [list(m[0].parameters()), list(m[1:].parameters())])
+
+@pytest.mark.parametrize('options, call, kind, said', [
+    (dict(opt_func=torch.optim.Adam([torch.zeros(1, requires_grad=True)])), lambda l: l.fit(1), TypeError, 'a Adam that is made already was given'),
+    (dict(opt_func='adam'), lambda l: l.fit(1), TypeError, "'adam' was given"),
+    (dict(opt_func=lambda p, lr: torch.optim.SGD(p, lr)), lambda l: l.fit(1), TypeError, r'a torch.optim.sgd.SGD.*OptimWrapper\(opt=SGD'),
+    (dict(splitter=lambda m: [m[0], m[1:]]), lambda l: l.fit(1), TypeError, r'params\(m\[0\]\)'),
+    ({}, lambda l: l.fit_one_cycle(1e-3, 5), TypeError, 'a whole number, not 0.001'),
+    ({}, lambda l: l.fit(0.01), TypeError, 'a whole number, not 0.01'),
+    ({}, lambda l: l.fit(-1), ValueError, 'at least 0, not -1'),
+    ({}, lambda l: l.fine_tune(1, 1e-3, 0.5), TypeError, 'freeze_epochs'),
+    ({}, lambda l: l.fit(1, '0.1'), TypeError, 'a learning rate is a number'),
+    ({}, lambda l: l.fit(1, 0.1, SaveModelCallback()), TypeError, 'cbs='),
+    ({}, lambda l: l.fit_one_cycle(1, moms=0.9), TypeError, 'three numbers'),
+    (TWO_GROUPS, lambda l: l.fit(1, [0.1] * 3), ValueError, "'lr' of the optimizer: 3 values were given for 2"),
+    ({}, lambda l: l.get_preds(with_losses=True), TypeError, "Did you mean 'with_loss'"),
+    ({}, lambda l: l.validate(dss_idx=1), TypeError, "Did you mean 'ds_idx'"),
+    ({}, lambda l: l.predict(X[0], with_inputs=True), TypeError, "Did you mean 'with_input'"),
+    ({}, lambda l: l.validate(3), IndexError, 'no loader number 3: this learner has 2, 0 for training, 1 for validation'),
+    ({}, lambda l: l.get_preds(l.dls.valid), TypeError, 'dl=')])
+def test_wrong_arguments_are_said_with_the_way_out(options, call, kind, said):
+    with pytest.raises(kind, match=said): call(learner(**options))
+
+
+def test_right_arguments_stay_right():
+    from functools import partial
+    import lamella.optim.optimizer as optim
+    for options in (dict(opt_func=partial(torch.optim.SGD, momentum=0.9)), dict(opt_func=lambda p, lr: optim.OptimWrapper(opt=torch.optim.SGD(p, lr))), TWO_GROUPS):
+        learn = learner(**options)
+        learn.fit(np.int64(1), np.float32(0.01), wd=0.1)
+        learn.fit(1, torch.tensor(0.01))
+        learn.fit_one_cycle(1, slice(1e-4, 1e-3), moms=[0.9, 0.8, 0.9])
+    learn.fit(1, [0.1, torch.tensor(0.2)])
+
+
+@pytest.mark.parametrize('metric, monitor, column', [(accuracy, accuracy, 'accuracy'), (rmse, '_rmse', 'rmse'), (rmse, rmse, 'rmse'), (F1Score(average='macro'), F1Score(), 'f1_score')])
+def test_a_metric_can_be_monitored_by_itself(tmp_path, metric, monitor, column):
+    learn = learner(loaders(list(zip(X, X[:, :3]))) if column == 'rmse' else None, F.mse_loss if column == 'rmse' else F.cross_entropy, metrics=metric, path=tmp_path)
+    save = SaveModelCallback(monitor=monitor)
+    learn.fit(1, 0.01, cbs=save)
+    assert save.monitor == column and save.best == pytest.approx(learn.recorder.values[0][-1])
+
+
+def test_a_file_with_another_optimizer_changes_nothing_and_says_the_way_out(tmp_path):
+    saved = learner(path=tmp_path)
+    saved.fit(1, 0.01)
+    saved.save('one')
+    other = learner(path=tmp_path, **TWO_GROUPS)
+    before = {k: v.clone() for k, v in other.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'is the splitter another one\?.*with_opt=False'): other.load('one')
+    assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
+    other.load('one', with_opt=False)
+    assert torch.equal(other.model[0].weight, saved.model[0].weight)
+    learner(path=tmp_path).load('one').fit(1)
+
+
+def two_numbers(pred, y): return pred.mean(), pred.std()
+
+
+def test_a_metric_without_parentheses_and_a_metric_of_two_numbers():
+    import lamella.metrics as metrics
+    with pytest.raises(TypeError, match=r'metrics=F1Score\(\)'): learner(metrics=F1Score)
+    with pytest.raises(TypeError, match=r'metrics=RocAuc\(\)'): learner(metrics=[accuracy, metrics.RocAuc])
+    with pytest.raises(TypeError, match="'two_numbers' returned .* dictionary of numbers by name"): learner(metrics=two_numbers).fit(1)
+    made = metrics.mk_metrics([accuracy, metrics.error_rate, metrics.mse, metrics.mae, lambda a, b: 0.])
+    assert len(made) == 5
+    forgotten = [f for name in metrics.__all__ if name[0].isupper() and hasattr(f := getattr(metrics, name), '__code__') and name not in ('Gather', 'LossMetrics')]
+    for func in forgotten:
+        with pytest.raises(TypeError, match='with parentheses'): metrics.mk_metrics(func)

@@ -158,7 +158,9 @@ class Optimizer:
     ) -> None:
         "Set a hyper-parameter of all groups"
         self._check_name(name)
-        for k, v in enumerate(spread(value, len(self.param_lists))): self._write(k, name, v)
+        try: values = spread(value, len(self.param_lists))
+        except ValueError as error: raise ValueError(f"'{name}' of the optimizer: {error}") from error
+        for k, v in enumerate(values): self._write(k, name, v)
 
     def _write(self, k: int, name: str, value: Any) -> None:
         key, place = self._places[name]
