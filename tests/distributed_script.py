@@ -1,5 +1,6 @@
 """What test_distributed.py launches: `python distributed_script.py FOLDER PART ...`; each process writes what it found to FOLDER/PART-RANK.pt."""
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,17 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from lamella.base.processes import distrib_barrier, is_main_process, num_distrib, rank0_first, rank_distrib
 from lamella.base.seeds import set_seed
+from lamella.callbacks.accumulation import GradientAccumulation
+from lamella.callbacks.auto_batch import AutoBatch
+from lamella.callbacks.averaging import EMACallback
+from lamella.callbacks.best import SaveModelCallback
 from lamella.callbacks.checkpoint import Checkpoint
+from lamella.callbacks.gradients import GradientClip
+from lamella.callbacks.log_files import CSVLogger, JSONLogger
+from lamella.callbacks.mixup import MixUp
+from lamella.callbacks.nan import TerminateOnNaNCallback
 from lamella.callbacks.progress import ProgressCallback
+from lamella.callbacks.stopping import EarlyStoppingCallback
 from lamella.data.loader import DataLoader
 from lamella.data.loaders import DataLoaders
 from lamella.learner.learner import Learner
@@ -255,6 +265,47 @@ def part_error():
     try:
         with learn.distrib_ctx(): learn.fit(1)
     except Exception as error: return f'{type(error).__name__}: {error}'
+
+
+def part_together():
+    "What steps, keeps, clips, stops and writes"
+    accumulated = learner(path=FOLDER/'together', cbs=[GradientAccumulation(20), GradientClip(0.5), EMACallback(0.9), SaveModelCallback(), EarlyStoppingCallback(patience=1, min_delta=10.), TerminateOnNaNCallback, CSVLogger, JSONLogger])
+    with accumulated.distrib_ctx(): accumulated.fit_one_cycle(4, 0.05)
+    thawed = learner(train_bn=False)
+    with thawed.distrib_ctx(): thawed.finetune(3, ('unfreeze_milestones', ((1, 2), 1)), 0.05)
+    return dict(accumulated=outcome(accumulated), thawed=outcome(thawed))
+
+
+def part_halves():
+    "Half the bits, and mixed batches: both processes end alike, though not as one process would"
+    learn = learner(cbs=[MixUp, GradientAccumulation(20)]).to_bf16()
+    with learn.distrib_ctx(): learn.fit(2, 0.05)
+    return outcome(learn)
+
+
+class Broken(nn.Module):
+    "No number is left of a point that has a mark"
+    def forward(self, x): return torch.where((x[:, :1] > 2), torch.nan, x)
+
+
+def part_nan():
+    "Only process 1 sees the point that makes the loss NaN"
+    data = Points(40, 1)
+    data.x[17] = 1000.
+    dls = DataLoaders(DataLoader(data, bs=10, num_workers=0, split_idx=0), DataLoader(Points(21, 2), bs=10, num_workers=0, split_idx=1), device='cpu')
+    learn = learner(dls, cbs=TerminateOnNaNCallback)
+    learn.model = nn.Sequential(nn.BatchNorm1d(6), Broken(), nn.Linear(6, 3)) # process 1 alone has bad predictions, and batch norm needs both
+    learn.splitter = lambda m: [list(m.parameters())]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        with learn.distrib_ctx(): learn.fit(2, 0.05)
+    return dict(told=[str(o.message) for o in told if 'training stopped' in str(o.message)], steps=len(learn.recorder.losses))
+
+
+def part_auto_batch():
+    try:
+        with learner().distrib_ctx() as learn: learn.fit(1, cbs=AutoBatch)
+    except RuntimeError as error: return str(error)
 
 
 class Crash(Callback):

@@ -28,11 +28,11 @@ def file_of(size: tuple[int, int], kind: tuple[str, str]) -> bytes:
 
 
 @settings(max_examples=60, deadline=None)
-@given(kind=st.sampled_from(KINDS), cls=st.sampled_from([PILImage, PILImageBW]), size=st.tuples(st.integers(1, 60), st.integers(1, 60)), to=st.tuples(st.integers(1, 40), st.integers(1, 40)), numbers=st.data())
-def test_parts_are_those_of_pil(kind, cls, size, to, numbers):
-    content = file_of(size, kind)
-    left, top = numbers.draw(st.integers(0, size[0] - 1)), numbers.draw(st.integers(0, size[1] - 1))
-    box = left, top, numbers.draw(st.integers(left + 1, size[0])), numbers.draw(st.integers(top + 1, size[1]))
+@given(kind=st.sampled_from(KINDS), grey=st.booleans(), size=st.tuples(st.integers(1, 60), st.integers(1, 60)), to=st.tuples(st.integers(1, 40), st.integers(1, 40)), corners=st.tuples(*[st.integers(0, 59)] * 4))
+def test_parts_are_those_of_pil(kind, grey, size, to, corners):
+    content, cls = file_of(size, kind), PILImageBW if grey else PILImage
+    left, top = (corner % side for corner, side in zip(corners, size))
+    box = left, top, left + 1 + corners[2] % (size[0] - left), top + 1 + corners[3] % (size[1] - top)
     lazy, loaded = cls.create(content), cls.create(content)
     loaded.load()
     part, expected = lazy.resize_part(to, box), Image.fromarray(np.asarray(loaded)).crop(box).resize(to, BILINEAR)
@@ -40,8 +40,8 @@ def test_parts_are_those_of_pil(kind, cls, size, to, numbers):
     assert np.array_equal(ToTensor()(part).numpy(), ToTensor()(cls.cast(Image.fromarray(np.asarray(part)))).numpy())
     difference = np.abs(np.asarray(part).astype(int) - np.asarray(expected))
     reduced = kind[0] == 'JPEG' and any(2 * b <= (d - c) for b, c, d in zip(to, box, box[2:])) # decoded at a half or less
-    grey_of_colour = kind == ('JPEG', 'RGB') and cls is PILImageBW # the decoder's own grey
-    assert difference.max() <= (90 if reduced else 3 if grey_of_colour else 1), difference.max()
+    grey_of_colour = kind == ('JPEG', 'RGB') and cls is PILImageBW # the decoder's own grey: colours outside of RGB are not cut off before it
+    assert difference.max() <= (90 if reduced else 8 if grey_of_colour else 1), difference.max()
 
 
 @settings(max_examples=30, deadline=None)

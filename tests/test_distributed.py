@@ -1,4 +1,5 @@
 """The same script, started once or by a launcher with one or two processes, gives the same losses, metrics, weights and predictions."""
+import json
 import os
 import socket
 import subprocess
@@ -12,8 +13,8 @@ pytest.importorskip('accelerate')
 sys.path.insert(0, str(Path(__file__).parent))
 SCRIPT = Path(__file__).with_name('distributed_script.py')
 LIBRARY = Path(__file__).resolve().parents[1]/'lib'
-SAME = ['fit', 'fine_tune', 'lr_find', 'predict', 'losses', 'raw_loader', 'stream', 'bad_samples', 'augmented', 'train_metrics', 'own_batches', 'thaw', 'names', 'resume']
-OTHERS = ['unseeded', 'files', 'other_samples', 'error']
+SAME = ['fit', 'fine_tune', 'lr_find', 'predict', 'losses', 'raw_loader', 'stream', 'bad_samples', 'augmented', 'train_metrics', 'own_batches', 'thaw', 'names', 'resume', 'together']
+OTHERS = ['unseeded', 'files', 'other_samples', 'error', 'halves', 'nan', 'auto_batch']
 
 
 def free_port():
@@ -69,7 +70,7 @@ def test_two_processes_are_as_one(runs, part):
     assert not differences(one, two, 2e-5)
 
 
-@pytest.mark.parametrize('part', SAME + ['unseeded', 'files'])
+@pytest.mark.parametrize('part', SAME + ['unseeded', 'files', 'halves', 'nan', 'auto_batch'])
 def test_both_processes_have_the_same(runs, part):
     first, second = found(runs, 'two', part), found(runs, 'two', part, 1)
     if isinstance(first, dict): [o.pop('mask', None) for o in (first, second)]
@@ -131,6 +132,24 @@ def test_other_samples_are_refused(runs):
     for rank in (0, 1):
         message = found(runs, 'two', 'other_samples', rank)
         assert 'process 0 has 40 samples' in message and 'process 1 has 41 samples' in message and 'set_seed' in message
+
+
+def test_a_nan_in_one_stops_all(runs):
+    "Both say what the one knows, and neither waits for the other"
+    one, two = found(runs, 'python', 'nan'), found(runs, 'two', 'nan')
+    assert len(one['told']) == len(two['told']) == 1 and one['steps'] == two['steps'] < 4
+    assert "module '1' (Broken)" in one['told'][0] and "Process 1: The first output that is not finite is that of module '1' (Broken)" in two['told'][0]
+
+
+def test_batches_are_not_cut_in_each_process(runs):
+    assert found(runs, 'python', 'auto_batch') is None and 'AutoBatch is for one process' in found(runs, 'two', 'auto_batch', 1)
+
+
+def test_logs_are_written_once(runs):
+    one, two = ((runs/how/'together'/'history.csv').read_text().splitlines() for how in ('python', 'two'))
+    assert len(one) == len(two) == 3 # headings, and two epochs until it stopped
+    steps = [[json.loads(line)['step'] for line in (runs/how/'together'/'history.jsonl').read_text().splitlines()] for how in ('python', 'two')]
+    assert steps[0] == steps[1]
 
 
 def test_a_crash_of_one_ends_all(tmp_path):

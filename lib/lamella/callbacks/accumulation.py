@@ -37,7 +37,8 @@ class GradientAccumulation(Callback):
         done = self.steps / math.ceil(self.n_iter / self.group) # by steps, not by batches
         self.learn.pct_train = (self.epoch + min(1., done)) / self.n_epoch
 
-    def _size(self) -> int: return find_bs(self.yb or self.xb)
+    def _size(self) -> int: # of the whole batch, if several processes share it
+        return sum(getattr(self.dl, 'piece_sizes', ())) or find_bs(self.yb or self.xb)
 
     def after_loss(self) -> None:
         size = self._size()

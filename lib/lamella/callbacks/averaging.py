@@ -36,6 +36,7 @@ class EMACallback(Callback):
         self.decay, self.start_epoch, self.warmup, self.validate_ema, self.replace_weights = decay, start_epoch, warmup, validate_ema, replace_weights
         self.others: dict[str, torch.Tensor] = {} # the weights that the model does not hold
         self.steps, self.swapped = 0, False       # steps averaged; is the average in the model?
+        self._skipped = False                     # was the last step left out?
 
     # ---- the two sets of weights
 
@@ -81,7 +82,12 @@ class EMACallback(Callback):
 
     def before_batch(self) -> None: self._put(averaged=False)
 
+    def before_step(self) -> None: self._skipped = False
+
+    def after_cancel_step(self) -> None: self._skipped = True # such as by float16, whose gradients were not finite
+
     def after_step(self) -> None:
+        if self._skipped: return
         if self.epoch < self.start_epoch and not self.steps: return
         if not self.steps:
             self.others = {name: o.clone() for name, o in self._tensors().items()}

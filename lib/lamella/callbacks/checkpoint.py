@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/30_callbacks/04_checkpoint.ipynb #9938c825
 from __future__ import annotations
+import io
 import os
 import re
 import shutil
@@ -38,7 +39,8 @@ class Checkpoint(Callback):
         if keep < 1 or (n_batches is not None and n_batches < 1): raise ValueError(f'a checkpoint keeps at least one file, and is written after at least one batch: not keep={keep}, n_batches={n_batches}')
         self.folder, self.n_batches, self.seconds, self.keep = Path(folder), n_batches, seconds, keep
         self.fits = 0 # fits that were done with this folder
-        self._cost, self._failed = 0., False
+        self.call: dict[str, Any] = {} # what the fit was asked for, to be compared later
+        self._cost, self._failed, self._checked = 0., False, False
 
     # ---- reading
 
@@ -49,19 +51,19 @@ class Checkpoint(Callback):
 
     def newest(self) -> dict[str, Any] | None: # `None` if there is none
         "The state in the newest file that can be read; nothing but tensors and plain values is read"
-        for file in self.files():
-            try: state = torch.load(file, map_location='cpu', weights_only=True)
-            except Exception as error: # a damaged file raises many kinds of errors
-                warnings.warn(f"the checkpoint '{file}' cannot be read ({error}); trying the one before", stacklevel=3)
-                continue
-            if state.get('version') != VERSION: raise ValueError(f"the checkpoint '{file}' was written by another version of lamella; start again in another folder")
-            return state
-        return None
+        return next((state for state in map(_read, self.files()) if state is not None), None)
+
+    def done(self) -> dict[str, Any] | None: # `None` if it is not done
+        "What the fit of now (number `fits`) left, if it was done before"
+        return _read(self._done_file()) if self._done_file().is_file() else None
+
+    def _done_file(self) -> Path: return self.folder/f'done-{self.fits:03d}.pt'
 
     # ---- writing
 
     def before_fit(self) -> None:
         self._last, self._batches = time.perf_counter(), 0
+        if is_main_process(): self._clean()
         self._in_epochs = all(hasattr(dl, 'load_state_dict') for dl in [self.dls.train])
 
     def after_batch(self) -> None:
@@ -76,37 +78,55 @@ class Checkpoint(Callback):
         return time.perf_counter() - self._last >= max(self.seconds, 20 * self._cost)
 
     def write_done(self) -> None:
-        "Write that the fit is done, with all that it left"
-        self.write(loop_state(self.learn, within=False), done=True)
+        "Write that the fit is done, with all that it left: the script, started again, has it from there"
+        self.write(loop_state(self.learn, within=False), self._done_file())
 
     def write(self,
-        state: dict[str, Any], # of the loop
-        done: bool = False,    # the fit is over
+        state: dict[str, Any],    # of the loop
+        file: Path | None = None, # the next checkpoint if not given
     ) -> None:
         "Write one file; a folder that cannot be written to, or a full disk, is a warning, and the training goes on; of several processes the main one writes"
         if not is_main_process(): return
         started = time.perf_counter()
-        try: self._write({'version': VERSION, 'fit': self.fits, 'done': done, **state})
+        try: self._write({'version': VERSION, 'fit': self.fits, 'call': self.call, **state}, file)
         except OSError as error: self._complain(error)
         except RuntimeError as error: # torch's way to say that the disk is full
             if 'write' not in str(error) and 'file' not in str(error).lower(): raise
             self._complain(error)
         self._last, self._batches, self._cost = time.perf_counter(), 0, time.perf_counter() - started
 
-    def _write(self, state: dict[str, Any]) -> None:
+    def _write(self, state: dict[str, Any], file: Path | None) -> None:
         before = self.files()
         number = _number_of(before[0]) + 1 if before else 0
-        if not before: self._clean()
-        with atomic_write(self.folder/f'checkpoint-{number:06d}.pt') as temporary: torch.save(state, temporary)
+        if not self._checked: self._check(state)
+        with atomic_write(file or self.folder/f'checkpoint-{number:06d}.pt') as temporary: torch.save(state, temporary)
         for file in self.files()[self.keep:]: file.unlink()
 
     def _clean(self) -> None:
         "Take away what a killed process left unfinished"
-        for left in self.folder.glob('.checkpoint-*'): shutil.rmtree(left, ignore_errors=True)
+        for left in (*self.folder.glob('.checkpoint-*'), *self.folder.glob('.done-*')): shutil.rmtree(left, ignore_errors=True)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        "Before the first file: can what the callbacks remember be read again?"
+        self._checked = True
+        for name, remembered in state['callbacks']:
+            file = io.BytesIO()
+            torch.save(remembered, file)
+            file.seek(0)
+            try: torch.load(file, weights_only=True)
+            except Exception as error: raise TypeError(f"the callback '{name}' remembers something that a checkpoint cannot hold: numbers, strings, lists, dictionaries and tensors can be read again, other objects could be code") from error
 
     def _complain(self, error: Exception) -> None:
         "Once for each fit"
         if not self._failed: warnings.warn(f"no checkpoint could be written to '{self.folder}': {error}. The training goes on; if it is interrupted, it begins again from the last checkpoint that is there", stacklevel=4)
         self._failed = True
+
+def _read(file: Path) -> dict[str, Any] | None:
+    "The state in a file; `None`, with a warning, if it cannot be read"
+    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as error: # a damaged file raises many kinds of errors
+        return warnings.warn(f"the checkpoint '{file}' cannot be read ({error}); the one before is taken", stacklevel=4)
+    if state.get('version') != VERSION: raise ValueError(f"the checkpoint '{file}' was written by another version of lamella; start again in another folder")
+    return state
 
 def _number_of(file: Path) -> int: return int(file.stem.split('-')[1])

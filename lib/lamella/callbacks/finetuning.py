@@ -28,23 +28,25 @@ class FineTuning(Callback):
 
     def before_fit(self) -> None: self._trains = None
 
-    def before_epoch(self) -> None:
-        frozen, opt = self.strategy(self.learn, self.epoch), self.learn.opt
+    def before_epoch(self) -> None: self._freeze(self.epoch)
+
+    def _freeze(self, epoch: int) -> None:
+        frozen, opt = self.strategy(self.learn, epoch), self.learn.opt
         opt.freeze_to(frozen) if isinstance(frozen, int) else opt.freeze_params(frozen)
         trains = [p.requires_grad for group in opt.param_lists for p in group]
-        if trains != self._trains: self._say(trains)
+        if trains != self._trains: self._say(epoch)
         self._trains = trains
 
-    def _say(self, trains: list[bool]) -> None:
-        if getattr(self.learn.logger, '__name__', '') != 'ignore_row': print(f'epoch {self.epoch}: {count_text(self.learn.opt.param_lists)}', flush=True)
+    def _say(self, epoch: int) -> None:
+        if getattr(self.learn.logger, '__name__', '') != 'ignore_row': print(f'epoch {epoch}: {count_text(self.learn.opt.param_lists)}', flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         "The phase, to be looked at"
         return {'epoch': self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Freeze once more: the epoch decides, not the state that was saved before it"
-        self.before_epoch()
+        "Freeze once more, as in the epoch of the state"
+        self._freeze(state['epoch'])
         if self.learn.training: self.learn.set_mode(True)
 
 def count_text(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..base.nested import leaves
+from ..base.processes import Processes
 from ..base.seeds import keep_random_states
 from ..loop.callback import Callback
 from ..loop.events import CancelFitException
@@ -112,18 +113,28 @@ class TerminateOnNaNCallback(Callback):
     # ---- the cause
 
     def _cause(self, is_now: bool) -> str:
-        "Where the loss came from, as a sentence"
+        "Where the loss came from, as a sentence; of several processes that of the first with bad predictions"
+        if not hasattr(self.dl, 'piece_sizes'): return self._own_cause(is_now)
+        found = (self._own_cause(is_now), any(map(count_bad, _tensors(self.pred))))
+        return next((f'Process {k}: {text}' for k, (text, bad) in enumerate(Processes().objects(found)) if bad), found[0])
+
+    def _own_cause(self, is_now: bool) -> str:
+        "The cause, as far as this process sees it"
+        module = self._module() if is_now else 'The weights are finite still; every=1 would name the module.'
         if is_now and (found := _bad_field('input', self.xb) or _bad_field('target', self.yb)): return found
-        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+        buffers = [] if is_now and self.training else self.model.named_buffers() # the forward pass of now may have broken them
+        for name, value in [*self.model.named_parameters(), *buffers]:
             if n := count_bad(value): return f"'{name}' of the model is broken ({n} of {value.numel()} numbers are not finite): " + (_STEP_BEFORE if is_now else _TOO_LATE)
-        return self._module() if is_now else 'The weights are finite still; every=1 would name the module.'
+        return module
 
     def _module(self) -> str:
-        if not any(map(count_bad, _tensors(self.pred))): return f'All predictions are finite: it comes from the loss function {_name_of(self.loss_func)}.'
+        fine = f'All predictions are finite: it comes from the loss function {_name_of(self.loss_func)}.' if not any(map(count_bad, _tensors(self.pred))) else ''
+        if fine and not hasattr(self.dl, 'piece_sizes'): return fine
         with keep_random_states():
             if self._random is not None: torch.set_rng_state(self._random)
-            found = first_bad_module(self.model, self._again)
-        return f'The first output that is not finite is that of {found}.' if found else 'The predictions are not finite; when the batch was run again, they were.'
+            found = first_bad_module(self.model, self._again) # the processes wait for each other in it
+        if found and not fine: return f'The first output that is not finite is that of {found}.'
+        return fine or 'The predictions are not finite; when the batch was run again, they were.'
 
     def _again(self) -> Any:
         if self._autocast is None: return self.learn.forward()

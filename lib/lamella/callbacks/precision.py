@@ -80,8 +80,11 @@ class MixedPrecision(Callback):
         if self.amp_mode is AMPMode.BF16 and kind == 'cuda' and not torch.cuda.is_bf16_supported(): raise ValueError(
             'this GPU does not compute in bfloat16: use learn.to_fp16()')
         self.autocast, self._inside = torch.autocast(kind, dtype=self.amp_mode.dtype), False
-        if self.amp_mode is AMPMode.FP16 and kind != self._kind: self.scaler, self._kind = torch.amp.GradScaler(kind, **self.options), kind
+        self._make_scaler(kind)
         self._before_search = self.state_dict() if self.learn.searching else None
+
+    def _make_scaler(self, kind: str) -> None:
+        if self.amp_mode is AMPMode.FP16 and kind != self._kind: self.scaler, self._kind = torch.amp.GradScaler(kind, **self.options), kind
 
     def cleanup_fit(self) -> None:
         if self._before_search is not None: self.load_state_dict(self._before_search)
@@ -94,6 +97,7 @@ class MixedPrecision(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on with a scale"
         self.skipped_steps, self._in_a_row = state['skipped_steps'], 0
+        self._make_scaler(_device_type(self.model)) # a fit that was done is not begun again
         if self.scaler is not None and state['scaler']: self.scaler.load_state_dict(state['scaler'])
 
     # ---- forward

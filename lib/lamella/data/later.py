@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+from ..base.nested import leaves
+
 # %% auto #0
 __all__ = ['Later', 'now_or_later', 'rows_of']
 
@@ -20,10 +22,12 @@ __all__ = ['Later', 'now_or_later', 'rows_of']
 class Later:
     "What is put off while the samples of a batch are made"
     def __init__(self,
-        n: int, # samples of the batch
+        n: int,            # samples of the batch
+        last: Any = None,  # the transform whose tensors nobody looks at before they are in the batch
     ):
-        self.n, self.number, self.place = n, 0, 0
+        self.n, self.last, self.number, self.place = n, last, 0, 0
         self.batches: list[torch.Tensor] = []
+        self.made: list[torch.Tensor] = [] # for this sample
         self.work: list[tuple[Callable[[torch.Tensor], Any], torch.Tensor]] = []
 
     @contextmanager
@@ -31,7 +35,7 @@ class Later:
         number: int, # of the sample in the batch
     ) -> Iterator[None]:
         "Within the block, work may be put off"
-        self.number, self.place, _current.later = number, 0, self
+        self.number, self.place, self.made, _current.later = number, 0, [], self
         try: yield
         finally: _current.later = None
 
@@ -45,7 +49,15 @@ class Later:
         batch = self.batches[place] if place < len(self.batches) else None
         made = batch[self.number] if batch is not None and batch.shape[1:] == shape else torch.empty(shape, dtype=torch.uint8)
         self.work.append((fill, made))
+        self.made.append(made)
         return made
+
+    def is_untouched(self,
+        sample: Any, # as the last transform made it
+    ) -> bool:       # False: one of them was made into something else, before it had its values
+        "Are the tensors of this sample, which are not filled yet, still in it?"
+        places = {o.data_ptr() for o in leaves(sample) if isinstance(o, torch.Tensor)} if self.made else set()
+        return all(o.data_ptr() in places for o in self.made)
 
     def finish(self) -> None:
         "Do what was put off"
@@ -56,9 +68,12 @@ class Later:
 # %% ../../../nbs/10_data/14_later.ipynb #d975d592
 _current = threading.local()
 
-def now_or_later() -> Later | None: # `None`: now
+def now_or_later(
+    transform: Any = None, # that asks for a tensor; what only puts off how an image is made needs not say
+) -> Later | None:         # `None`: now
     "Where work can be put off at the moment"
-    return getattr(_current, 'later', None)
+    later = getattr(_current, 'later', None)
+    return later if later is None or transform is None or later.last is transform else None
 
 def _batch_memory(shape: tuple[int, ...]) -> torch.Tensor:
     "Bytes; in a worker process memory that the main process can see, as PyTorch's `default_collate` takes it"
@@ -72,4 +87,4 @@ def rows_of(
 ) -> bool:                  # they are, all of them and in their order
     "Are these tensors the rows of a batch already?"
     step, first = batch[0].nbytes, batch.data_ptr()
-    return len(values) == len(batch) and all(isinstance(o, torch.Tensor) and o.shape == batch.shape[1:] and o.data_ptr() == first + k * step and o.is_contiguous() for k, o in enumerate(values))
+    return len(values) == len(batch) and all(isinstance(o, torch.Tensor) and o.dtype == batch.dtype and o.shape == batch.shape[1:] and o.data_ptr() == first + k * step and o.is_contiguous() for k, o in enumerate(values))

@@ -64,6 +64,7 @@ class BatchReader:
         on_error: str = 'raise',       # what to do with samples that cannot be read: 'raise', 'skip' or 'replace'
     ):
         self.dataset, self.after_item, self.before_batch, self.collate, self.on_error = dataset, after_item, before_batch, collate, on_error
+        self.one_by_one = False # has a batch shown that nothing can be put off?
 
     @functools.cached_property
     def generators(self) -> list[Any]: # of this process
@@ -122,18 +123,24 @@ class BatchReader:
 
     def _can_put_off(self) -> bool:
         "Does nobody look at the pixels between the last item transform and the batch?"
-        last = self.after_item.fs[-1:]
-        return self.collate is collate and not len(self.before_batch) and bool(last) and vars(type(last[0])).get('puts_off', False)
+        if self.one_by_one or self.collate is not collate or len(self.before_batch) or not len(self.after_item): return False
+        return vars(type(self.after_item[-1])).get('puts_off', False) and not any(f is self.after_item[-1] for f in self.after_item.fs[:-1])
 
     def _read_at_one_go(self, plan: BatchPlan) -> ReadBatch | None:
         "First all samples, then all their pixels: Python runs several times faster where a decoder has not just been; `None` if something fails, which is then found out one by one"
-        later = Later(len(plan.indices))
+        later = Later(len(plan.indices), self.after_item[-1])
         with keep_random_states(), keep_generators(self.generators):
             try:
-                samples = [self.sample(plan, i, *self._repeat(plan, k), around=later.sample(k)) for k, i in enumerate(plan.indices)]
+                samples = [self._drawn(plan, k, later) for k in range(later.n)]
                 later.finish()
             except Exception: return None
         return ReadBatch(self.collated(samples, plan.indices, later), [], len(plan.indices)) if samples else None
+
+    def _drawn(self, plan: BatchPlan, k: int, later: Later) -> Any:
+        sample = self.sample(plan, plan.indices[k], *self._repeat(plan, k), around=later.sample(k))
+        self.one_by_one = not later.is_untouched(sample)
+        if self.one_by_one: raise ValueError('a tensor was looked at before it was filled')
+        return sample
 
     def _repeat(self, plan: BatchPlan, k: int) -> tuple[int, ...]: return (plan.repeats[k],) if plan.repeats and plan.repeats[k] else ()
 

@@ -70,10 +70,10 @@ class SharedPlans(Sequence):
 # %% ../../../nbs/10_data/12_shares.ipynb #1a721309
 _ENDED, _FAILED = -1, -2
 
-class InStep:
-    "The pieces of a loader's batches, with all processes at the same batch"
+class _Around:
+    "A loader in front of another one, as which it answers"
     def __init__(self,
-        dl: Any,              # lamella's loader, whose samples are asked for by index
+        dl: Any,              # gives batches
         processes: Processes, # that share the batches
     ): self.whole, self.processes, self.piece_sizes = dl, processes, [0] * processes.size
 
@@ -83,6 +83,8 @@ class InStep:
         if name.startswith('__') or name == 'whole': raise AttributeError(name)
         return getattr(self.whole, name)
 
+class InStep(_Around):
+    "The pieces of a loader's batches, with all processes at the same batch"
     def __iter__(self) -> Iterator[Any]:
         self._agree()
         failures = getattr(self.whole, 'failures', [])
@@ -139,20 +141,9 @@ def describe_samples(
     return f'{dl.n} samples of a {type(dl.dataset).__name__} in batches of {dl.bs}{known}'
 
 # %% ../../../nbs/10_data/12_shares.ipynb #be9acf30
-class Dealt:
+class Dealt(_Around):
     "The pieces of the batches of any loader, read by process 0"
     device = None # the loop moves the batches
-
-    def __init__(self,
-        dl: Any,              # gives batches
-        processes: Processes, # that share the batches
-    ): self.whole, self.processes, self.piece_sizes = dl, processes, [0] * processes.size
-
-    def __len__(self) -> int: return len(self.whole)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__') or name == 'whole': raise AttributeError(name)
-        return getattr(self.whole, name)
 
     def __iter__(self) -> Iterator[Any]:
         dealt = None if self.processes.rank else self._deal()

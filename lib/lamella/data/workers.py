@@ -9,6 +9,7 @@ import functools
 import gc
 import io
 import multiprocessing.connection
+import os
 import pickle
 import random
 import signal
@@ -194,12 +195,13 @@ def _begin(init: Callable[[int], Any] | None, number: int) -> None:
 
 def _keep_memory() -> None:
     "Memory of a picture is used for the next one: glibc would give it back to the system, which takes longer to hand out new pages than to fill them"
-    if not sys.platform.startswith('linux'): return
-    library = ctypes.CDLL(None)
-    for setting, size in ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26)):
-        if hasattr(library, 'mallopt'): library.mallopt(setting, size)
+    if not sys.platform.startswith('linux') or any(o.startswith(_USERS_CHOICE) for o in os.environ): return
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError): return # another C library (musl)
+    for setting, size in ((_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26)): mallopt(setting, size)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3 # of `malloc.h`
+_USERS_CHOICE = 'MALLOC_', 'GLIBC_TUNABLES'   # environment variables
 
 def _why_it_died(message: str, method: str) -> str:
     "What to try"

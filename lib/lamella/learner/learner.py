@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from ..base.errors import describe_value
 from ..base.nested import as_list
 from ..base.registry import checked_keywords
 from ..callbacks.progress import ProgressCallback
 from ..data.loaders import DataLoaders
+from .calling import Calling
 from .precision import Precision
 from .distributing import Distributing
 from .saving import Saving
@@ -33,7 +35,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/09_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(Precision, Strategies, Summarising, Saving, Distributing):
+class Learner(Precision, Strategies, Summarising, Saving, Distributing, Calling):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,
@@ -54,16 +56,26 @@ class Learner(Precision, Strategies, Summarising, Saving, Distributing):
         default_cbs: bool = True,                     # add `DEFAULT_CALLBACKS`
         target_names: Sequence[str] | None = None,    # which entries are targets, if batches are dictionaries; those named label(s), target(s) or y if not given
     ):
-        if not hasattr(dls, 'train'): dls = DataLoaders(*as_list(dls))
-        elif not isinstance(dls, DataLoaders): dls = DataLoaders(dls.train, dls.valid)
+        dls = _as_loaders(dls)
+        if isinstance(model, type) or not callable(model): raise TypeError(f'the second argument is the model, an nn.Module, not {describe_value(model)}')
         self.opt_func, self.lr, self.splitter, self.metrics = opt_func, lr, splitter, mk_metrics(metrics)
         self.path, self.model_dir = Path(getattr(dls, 'path', '.') if path is None else path), model_dir
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
-        if target_names is not None: self.target_names = tuple(target_names)
+        if target_names is not None: self.target_names = tuple(as_list(target_names))
         loss_func = self._default_loss(dls, model) if loss_func is None else loss_func() if isinstance(loss_func, type) else loss_func
         if isinstance(loss_func, nn.Module): loss_func.to(dls.device)
-        super().__init__(dls, model, loss_func, cbs=[*(DEFAULT_CALLBACKS if default_cbs else []), *as_list(cbs)])
+        super().__init__(dls, model, loss_func, cbs=[*(_defaults(as_list(cbs)) if default_cbs else []), *as_list(cbs)])
 
     def _default_loss(self, dls: DataLoaders, model: nn.Module) -> Any:
         "The loss of the data's task, or the one that the model computes itself"
         return OwnLoss() if dls.task is None and computes_loss(model) else loss_of_task(dls.task)
+
+def _as_loaders(dls: Any) -> DataLoaders:
+    "Loaders of whatever was given: an object with `train` and `valid`, a list of loaders, one loader"
+    if dls is None or isinstance(dls, nn.Module): raise TypeError(f'the first argument is the data: DataLoaders, or loaders of PyTorch, not {"a model" if isinstance(dls, nn.Module) else None}')
+    if isinstance(dls, DataLoaders): return dls
+    return DataLoaders(dls.train, dls.valid) if hasattr(dls, 'train') else DataLoaders(*(dls if isinstance(dls, (list, tuple)) else [dls]))
+
+def _defaults(given: list[Any]) -> list[type]:
+    "The default callbacks, but for those of which there is one already"
+    return [kind for kind in DEFAULT_CALLBACKS if not any(isinstance(o, kind) or o is kind for o in given)]

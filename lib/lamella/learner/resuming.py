@@ -4,17 +4,28 @@
 
 # %% ../../../nbs/40_learner/01_resuming.ipynb #83b6754c
 from __future__ import annotations
+import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 from ..callbacks.checkpoint import Checkpoint
 from ..loop.state import restore_loop
+from ..loop.tracking import say
 from ..loop.training import TrainingLoop
 
 # %% auto #0
 __all__ = ['Resuming']
 
 # %% ../../../nbs/40_learner/01_resuming.ipynb #dd92289e
+_USERS: dict[Path, weakref.ref] = {} # who used a folder last, in this process
+
+def _say_shared(folder: Path, learn: Any) -> None:
+    "Two learners of one process with one folder: the second goes on where the first was, which may not be meant"
+    user = _USERS.setdefault(folder, weakref.ref(learn))
+    if user() is not learn: warnings.warn(f"another learner of this process has trained with '{folder}': what it left is taken over. Give each learner a folder of its own, if that is not meant", stacklevel=5)
+    _USERS[folder] = weakref.ref(learn)
+
 class Resuming(TrainingLoop):
     "The part of a learner that goes on where a fit was interrupted"
     def run_with_checkpoint(self,
@@ -26,19 +37,40 @@ class Resuming(TrainingLoop):
         keeper = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         done = vars(self).setdefault('_fits_done', {}) # by folder
         keeper.fits = done.setdefault(keeper.folder.resolve(), 0)
-        self._run_kept(keeper, n_epoch, start_epoch, keeper.newest())
+        _say_shared(keeper.folder.resolve(), self)
+        keeper.call = self._call()
+        state = keeper.done()
+        if state is None: self._run_kept(keeper, n_epoch, start_epoch, keeper.newest())
+        else: self._take_over(state, keeper, n_epoch)
         done[keeper.folder.resolve()] += 1
 
     def _run_kept(self, keeper: Checkpoint, n_epoch: int, start_epoch: int, state: dict[str, Any] | None) -> None:
-        if state is not None and state['fit'] > keeper.fits: return # done, and another one after it
+        if state is not None and state['fit'] > keeper.fits: raise ValueError(
+            f"the folder '{keeper.folder}' holds a checkpoint of fit {state['fit'] + 1}, but not what fit {keeper.fits + 1} left (done-{keeper.fits:03d}.pt): give another folder to begin anew")
         if state is not None and state['fit'] < keeper.fits: state = None
         if state is not None: self._check_belongs(state['position'], keeper.folder, n_epoch)
-        if state is not None and state['done']: return restore_loop(self, state)
+        if state is not None: self._warn_if_changed(state['call'], keeper)
         self.add_cb(keeper)
         try:
             self.run_epochs(n_epoch, start_epoch, state)
             keeper.write_done()
         finally: self.remove_cb(keeper)
+
+    def _take_over(self, state: dict[str, Any], keeper: Checkpoint, n_epoch: int) -> None:
+        "The fit was done in an earlier run: what it left is read, and nothing is trained"
+        self._check_belongs(state['position'], keeper.folder, n_epoch)
+        self._warn_if_changed(state['call'], keeper)
+        restore_loop(self, state)
+        say(self, f"fit {keeper.fits + 1} in '{keeper.folder}' was done before: what it left is read, nothing is trained")
+
+    def _call(self) -> dict[str, Any]: # plain values
+        "What a fit was asked for"
+        hypers = getattr(self.opt, 'hypers', [])
+        return {'optimizer': type(getattr(self.opt, 'opt', self.opt)).__name__, **{name: [float(h[name]) for h in hypers if name in h] for name in ('lr', 'wd')}}
+
+    def _warn_if_changed(self, before: dict[str, Any], keeper: Checkpoint) -> None:
+        changed = [f'{name} was {before[name]} and is {value}' for name, value in keeper.call.items() if before.get(name) != value]
+        if changed: warnings.warn(f"the checkpoint in '{keeper.folder}' was written by a fit with other arguments ({'; '.join(changed)}), and it goes on. Give another folder to begin anew", stacklevel=6)
 
     def _check_belongs(self, saved: dict[str, Any], folder: Path, n_epoch: int) -> None:
         "`ValueError` if this fit is another one than the one the checkpoint was written in"

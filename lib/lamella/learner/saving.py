@@ -23,10 +23,11 @@ from ..data.inference import InferencePipeline
 from ..data.transform import Transform
 from .fitting import Fitting
 from ..losses import output_of_loss
+from ..optim.grouped import Optimizer
 from ..nets.weights import load_weights
 
 # %% auto #0
-__all__ = ['describe_pipeline', 'describe_model', 'tensors_to_save', 'Saving']
+__all__ = ['describe_pipeline', 'describe_model', 'tensors_to_save', 'save_model', 'load_model', 'Saving']
 
 # %% ../../../nbs/40_learner/06_saving.ipynb #3fd6dcda
 def describe_pipeline(
@@ -66,6 +67,47 @@ def tensors_to_save(
     from safetensors.torch import save
     return save({k: v.detach().cpu().contiguous().clone() for k, v in named.items()})
 
+def save_model(
+    file: str | os.PathLike, # the whole path; its folder is made if need be
+    model: torch.nn.Module,  # whose weights are saved
+    opt: Any = None,         # an optimizer
+    with_opt: bool = True,   # the state of the optimizer, too, if there is one
+) -> Path:                   # the file
+    "Save weights, to go on with training; of several processes, the main one writes"
+    target = Path(file)
+    if not is_main_process(): return target
+    state = {'model': model.state_dict()}
+    if with_opt and opt is not None: state['opt'] = opt.state_dict()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as temporary: torch.save(state, temporary)
+    return target
+
+def load_model(
+    file: str | os.PathLike, # the whole path: from `save_model`, or a `state_dict` that torch saved
+    model: torch.nn.Module,  # takes the weights
+    opt: Any = None,         # an optimizer
+    with_opt: bool = True,   # the state of the optimizer, too, if it is there
+    device: Any = None,      # where the model goes; it stays where it is if not given
+    strict: bool = True,     # all weights have to fit
+) -> None:
+    "Load weights; nothing but tensors and numbers is read from the file"
+    _take_over(torch.load(file, map_location='cpu', weights_only=True), model, opt, with_opt, device, strict)
+
+def _take_over(state: dict[str, Any], model: torch.nn.Module, opt: Any, with_opt: bool, device: Any, strict: bool) -> None:
+    weights = state['model'] if set(state) <= {'model', 'opt'} else state
+    with_opt = with_opt and opt is not None and 'opt' in state
+    if with_opt and isinstance(opt, Optimizer): _check_optimizer(opt, state['opt'])
+    if strict: model.load_state_dict(weights)
+    else: load_weights(model, weights)
+    if device is not None: model.to(device)
+    if with_opt and isinstance(opt, Optimizer): opt.load_state_dict(state['opt'], with_frozen=False) # what is frozen now stays so
+    elif with_opt: opt.load_state_dict(state['opt'])
+
+def _check_optimizer(opt: Optimizer, state: dict[str, Any]) -> None:
+    "Before anything is changed"
+    try: opt.check_state(state)
+    except ValueError as error: raise ValueError(f'{error}. With with_opt=False the weights alone are loaded') from error
+
 class Saving(Fitting):
     "The part of a learner that writes and reads files"
     path: Path
@@ -85,12 +127,7 @@ class Saving(Fitting):
     ) -> Path:                   # the file
         "Save the weights, to go on with training; of several processes, the main one writes"
         if not is_main_process(): return self.model_file(file)
-        state = {'model': self.model.state_dict()}
-        if with_opt and self.opt is not None: state['opt'] = self.opt.state_dict()
-        target = self.model_file(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as temporary: torch.save(state, temporary)
-        return target
+        return save_model(self.model_file(file), self.model, self.opt, with_opt)
 
     def load(self,
         file: str | os.PathLike,      # a name, or a path
@@ -103,12 +140,8 @@ class Saving(Fitting):
         source = self.model_file(file)
         if not source.is_file(): raise FileNotFoundError(f"there is no file '{source}' with saved weights")
         state = torch.load(source, map_location='cpu', weights_only=True)
-        if strict: self.model.load_state_dict(state['model'])
-        else: load_weights(self.model, state['model'])
-        if device is not None: self.model.to(device)
-        if with_opt and 'opt' in state:
-            if self.opt is None: self.create_opt()
-            self.opt.load_state_dict(state['opt'])
+        if with_opt and 'opt' in state and self.opt is None: self.create_opt()
+        _take_over(state, self.model, self.opt, with_opt, device, strict)
         return self
 
     def export(self,

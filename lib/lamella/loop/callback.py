@@ -5,6 +5,7 @@
 # %% ../../../nbs/20_loop/01_callback.ipynb #6d5053d5
 from __future__ import annotations
 import re
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
 import torch
@@ -14,7 +15,7 @@ from ..base.registry import did_you_mean
 from .events import EVENTS
 
 # %% auto #0
-__all__ = ['LoopState', 'Callback']
+__all__ = ['LoopState', 'Callback', 'before_batch_cb']
 
 # %% ../../../nbs/20_loop/01_callback.ipynb #2632be48
 _T = TypeVar('_T')
@@ -72,12 +73,12 @@ class Callback:
     @property
     def x(self) -> Any: # a tensor, or a tuple of them
         "The input of the batch; all of them, if there are several"
-        return self.xb[0] if len(self.xb) == 1 else self.xb
+        return self.learn.x
 
     @property
     def y(self) -> Any: # a tensor, or a tuple of them
         "The target of the batch; all of them, if there are several"
-        return self.yb[0] if len(self.yb) == 1 else self.yb
+        return self.learn.y
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -101,3 +102,11 @@ class Callback:
         return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', re.sub('Callback$', '', type(self).__name__) or 'Callback').lower()
 
     def __repr__(self) -> str: return type(self).__name__
+
+# %% ../../../nbs/20_loop/01_callback.ipynb #c2bae4ba
+def before_batch_cb(
+    f: Callable[[Any, tuple, tuple], tuple[tuple, tuple]], # takes the callback, the inputs and the targets of a batch; returns the new inputs and targets
+) -> Callback: # under the name of the function
+    "Make a callback of a function that changes batches, of training and of validation"
+    def before_batch(self: Callback) -> None: self.learn.xb, self.learn.yb = f(self, self.xb, self.yb)
+    return type(getattr(f, '__name__', 'BeforeBatch'), (Callback,), {'before_batch': before_batch, '__doc__': f.__doc__})()

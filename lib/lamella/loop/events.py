@@ -4,10 +4,11 @@
 
 # %% ../../../nbs/20_loop/00_events.ipynb #4e1e238a
 from __future__ import annotations
+from types import SimpleNamespace
 
 # %% auto #0
-__all__ = ['STAGES', 'EVENTS', 'CancelFitException', 'CancelEpochException', 'CancelTrainException', 'CancelValidException',
-           'CancelBatchException', 'CancelBackwardException', 'CancelStepException']
+__all__ = ['STAGES', 'EVENTS', 'event', 'CancelFitException', 'CancelEpochException', 'CancelTrainException',
+           'CancelValidException', 'CancelBatchException', 'CancelBackwardException', 'CancelStepException']
 
 # %% ../../../nbs/20_loop/00_events.ipynb #fc188f64
 STAGES: tuple[str, ...] = ('fit', 'epoch', 'train', 'validate', 'batch', 'backward', 'step')
@@ -17,6 +18,8 @@ EVENTS: tuple[str, ...] = (
     'after_backward', 'before_step', 'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch', 'cleanup_batch', 'after_cancel_train', 'after_train',
     'cleanup_train', 'before_validate', 'after_cancel_validate', 'after_validate', 'cleanup_validate', 'after_cancel_epoch', 'after_epoch', 'cleanup_epoch',
     'after_cancel_fit', 'after_fit', 'cleanup_fit')
+
+event = SimpleNamespace(**{name: name for name in EVENTS})
 
 # %% ../../../nbs/20_loop/00_events.ipynb #131460d6
 class CancelFitException(Exception):

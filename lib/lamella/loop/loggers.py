@@ -196,8 +196,12 @@ class LoggerCallback(RunWriter):
         self._waiting, self._next = [], time.perf_counter() + SECONDS_BETWEEN_WRITES
 
     def after_train(self) -> None:
+        again = self.writes and self.resuming and not self._begun # interrupted behind the last batch of the epoch: all of its last step comes again
+        if again:
+            self._step = self.learn.train_iter
+            self.begin(self.steps_before + self._step - 1)
         if not self.writes or not self._begun: return
-        if self._step % self.every: self._note()
+        if again or self._step % self.every: self._note()
         self.flush()
 
     def after_epoch(self) -> None:

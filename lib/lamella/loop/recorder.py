@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class Recorder(Callback):
         self.metric_names: list[str] = [] # the columns of the table
         self._on_train: list[Metric] = []
         self._on_valid: list[Metric] = []
+        self._of_inner: list | None = None # what a pass within another one gave
         self.reset()
 
     def reset(self) -> None:
@@ -53,7 +55,7 @@ class Recorder(Callback):
         self._raw: list[float] = []
         self._smooth: list[float] = []
         self._waiting: list[torch.Tensor] = []
-        self._average, self._weight, self._row, self._started = 0., 0., [], time.perf_counter()
+        self._average, self._weight, self._row, self._started, self._said_nan = 0., 0., [], time.perf_counter(), False
 
     # ---- the loss
 
@@ -67,6 +69,17 @@ class Recorder(Callback):
             self._average = beta * self._average + (1 - beta) * value
             self._weight = beta * self._weight + (1 - beta)
             self._smooth.append(self._average / self._weight)
+        if not math.isfinite(self._average) and not self._said_nan: self._say_nan()
+
+    def _say_nan(self) -> None:
+        "Once a fit: from which step on the loss is no number"
+        self._said_nan = True
+        if self.learn.searching: return
+        step = next(k for k, value in enumerate(self._raw) if not math.isfinite(value))
+        epoch = sum(step >= end for end in self.iters)
+        batch = step - (self.iters[epoch - 1] if epoch else 0)
+        warnings.warn(f"the loss became {self._raw[step]} in epoch {epoch}, batch {batch} (learning rate {self.lrs[step]:.2e}), and the weights are lost from there on. "
+                      'With cbs=TerminateOnNaNCallback() the training stops there, with good weights, and says in which layer it began', stacklevel=2)
 
     @property
     def losses(self) -> list[float]: # as many as training steps
@@ -120,7 +133,7 @@ class Recorder(Callback):
         if loss is None: return
         if not loop.training: return self._accumulate(self._on_valid)
         self._waiting.append(loss.mean() if loss.dim() else loss)
-        self.lrs.append((getattr(loop.opt, 'hypers', None) or loop.opt.param_groups)[-1]['lr'])
+        self.lrs.append(getattr(loop.opt, 'opt', loop.opt).param_groups[-1]['lr'])
         if self._on_train: self._accumulate(self._on_train)
         if len(self._waiting) >= MOST_WAITING: self._read()
 
@@ -138,7 +151,18 @@ class Recorder(Callback):
 
     def validation_values(self) -> list[Any]: # loss, then the metrics
         "What the last validation pass gave"
-        return self._values(self._on_valid)
+        found, self._of_inner = self._of_inner, None
+        return self._values(self._on_valid) if found is None else found
+
+    def put_aside(self) -> list[Metric]: # for `take_back`
+        "The metrics of a validation in which another one is called"
+        return deepcopy(self._on_valid)
+
+    def take_back(self,
+        kept: list[Metric], # from `put_aside`
+    ) -> None:
+        "Go on with them, and remember what the pass between gave"
+        self._of_inner, self._on_valid = self._values(self._on_valid), kept
 
     def _values(self, metrics: list[Metric]) -> list[Any]:
         return [_value_of(o) for o in metrics]

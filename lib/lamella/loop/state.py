@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..base.nested import map_nested
 from ..base.seeds import get_random_states, set_random_states
 
 # %% auto #0
@@ -39,7 +40,7 @@ def loop_state(
     position = {'epoch': loop.epoch + (not within), 'iter': loop.iter + 1 if within else 0, 'within': within, 'train_iter': loop.train_iter,
                 'pct_train': loop.pct_train, 'n_epoch': loop.n_epoch, 'n_iter': loop._length(loop.dls.train)}
     return {'position': position, 'model': model_state(loop.model), 'opt': loop.opt.state_dict(), 'loss_func': _state_of(loop.loss_func), 'loss': loop.loss,
-            'callbacks': [(cb.name, cb.state_dict()) for cb in loop.cbs], 'loaders': [_state_of(dl) for dl in loop.dls], 'random': plain_random_states()}
+            'callbacks': [(cb.name, map_nested(_plain, cb.state_dict())) for cb in loop.cbs], 'loaders': [_state_of(dl) for dl in loop.dls], 'random': plain_random_states()}
 
 def restore_loop(
     loop: Any,              # a training loop
@@ -49,10 +50,16 @@ def restore_loop(
     load_model_state(loop.model, state['model'])
     loop.opt.load_state_dict(state['opt'])
     _take_over(loop.loss_func, state['loss_func'])
+    loop.iter = max(0, state['position']['iter'] - 1)
     loop.loss, loop.train_iter, loop.pct_train = state['loss'], state['position']['train_iter'], state['position']['pct_train']
     _restore_callbacks(loop.cbs, list(state['callbacks']))
     for dl, saved in zip(loop.dls, state['loaders']): _take_over(dl, saved)
     restore_random_states(state['random'])
+
+def _plain(value: Any) -> Any:
+    "NumPy's numbers and arrays as what can be read again"
+    if isinstance(value, np.generic): return value.item()
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf' else value
 
 def _state_of(part: Any) -> dict[str, Any] | None: return part.state_dict() if hasattr(part, 'state_dict') else None
 
@@ -84,8 +91,16 @@ def load_model_state(
 ) -> None:
     "Put a model back; `RuntimeError` if its structure is another one"
     model.load_state_dict(state['weights'])
-    buffers = dict(model.named_buffers())
-    for name, value in state['buffers'].items(): buffers[name].copy_(value)
+    for name, value in state['buffers'].items(): _set_buffer(model, name, value)
     for name, p in model.named_parameters():
         p.requires_grad_(state['trained'][name])
         p.grad = state['grads'][name].to(p.device) if name in state['grads'] else None
+
+
+def _set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    "Also one that the model makes in its first forward pass"
+    path, _, last = name.rpartition('.')
+    module = model.get_submodule(path)
+    own = module._buffers.get(last)
+    if own is not None and own.shape == value.shape: own.copy_(value)
+    else: module.register_buffer(last, value.to(next((p.device for p in model.parameters()), value.device)), persistent=False)

@@ -98,11 +98,11 @@ class TrainingLoop:
             try:
                 self.fire('before_batch')
                 self._predict()
-                if self.training and self.loss is not None: self._learn()
+                if self.training: self._learn()
             except CancelBatchException: self.fire('after_cancel_batch')
             if self.training: self._count()
             self.fire('after_batch')
-        finally: self.fire('cleanup_batch')
+        finally: self._clean_up('batch')
 
     def _predict(self) -> None:
         self.pred = self.forward()
@@ -114,6 +114,7 @@ class TrainingLoop:
         self.fire('after_loss')
 
     def _learn(self) -> None:
+        if self.loss is None: raise ValueError(self._no_targets())
         try:
             self.fire('before_backward')
             self.backward()
@@ -142,6 +143,21 @@ class TrainingLoop:
         n = self._n_inp or max(1, len(batch) - 1)
         return batch[:n], batch[n:]
 
+    def _no_targets(self) -> str:
+        "What to do about a batch from which nothing can be learned"
+        if self._by_name: return f"the batch has no targets: its entries are {', '.join(self.xb[0])}, and those named {', '.join(self.target_names)} would be. Say target_names=[...] to the learner"
+        return f'the batch has no targets: it is {describe_value(self.xb)}. A loader gives tuples of inputs and targets; a callback may set self.learn.yb in before_batch'
+
+    @property
+    def x(self) -> Any: # a tensor, or a tuple of them
+        "The input of the batch; all of them, if there are several"
+        return self.xb[0] if len(self.xb) == 1 else self.xb
+
+    @property
+    def y(self) -> Any: # a tensor, or a tuple of them
+        "The target of the batch; all of them, if there are several"
+        return self.yb[0] if len(self.yb) == 1 else self.yb
+
     # ---- the stages
 
     def run_epochs(self,
@@ -163,6 +179,7 @@ class TrainingLoop:
         try: self._stage('fit', CancelFitException, body)
         finally:
             for cb in self.cbs: cb.run = True
+            if self.opt is not None and not self.only_validating: self.zero_grad() # an interruption may have left gradients
             self.xb, self.yb, self.pred, self.loss_grad, self.fitting, self.resuming = (), (), None, None, False, False
 
     def run_pass(self,
@@ -172,7 +189,7 @@ class TrainingLoop:
         before = {name: getattr(self, name) for name in _POSITION}
         self.only_validating = True
         try:
-            if self.fitting: self.run_validation(dl)
+            if self.fitting: self._validate_within(dl)
             else:
                 self.n_epoch, self.epoch = 1, 0
                 self._whole_fit(lambda: self._stage('epoch', CancelEpochException, lambda: self.run_validation(dl)))
@@ -181,6 +198,13 @@ class TrainingLoop:
             for name, value in before.items(): setattr(self, name, value)
             self._listen()
             if self.fitting: self.set_mode(self.training)
+
+    def _validate_within(self, dl: Any) -> None:
+        "A pass within a fit, perhaps within a validation: the metrics of that one are put aside"
+        aside = [(cb, cb.put_aside()) for cb in self.cbs if hasattr(cb, 'put_aside')]
+        try: self.run_validation(dl)
+        finally:
+            for cb, kept in aside: cb.take_back(kept)
 
     def _all_epochs(self) -> None:
         if self._state is not None: self._start_epoch = self._state['position']['epoch']
@@ -245,7 +269,7 @@ class TrainingLoop:
                 body()
             except cancel: self.fire(f'after_cancel_{name}')
             self.fire(f'after_{name}')
-        finally: self.fire(f'cleanup_{name}')
+        finally: self._clean_up(name)
 
     # ---- callbacks
 
@@ -255,6 +279,14 @@ class TrainingLoop:
         "Call the callbacks that have a method of this name, in their order"
         for cb, method in self._heard[event]:
             if cb.run: method()
+
+    def _clean_up(self, stage: str) -> None:
+        "Call all callbacks, also if one of them raises: the first error comes at the end"
+        errors = []
+        for cb, method in self._heard[f'cleanup_{stage}']:
+            try: cb.run and method()
+            except Exception as error: errors.append(error)
+        if errors: raise errors[0]
 
     def _listen(self) -> None:
         "Write down, for each event, the methods to call from now on"

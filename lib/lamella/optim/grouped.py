@@ -222,15 +222,24 @@ class Optimizer:
         return {'kind': self._kind, 'opt': self.opt.state_dict(), 'hypers': [dict(h) for h in self.hypers], 'frozen_idx': self.frozen_idx,
             'shapes': self._each(lambda p: list(p.shape)), 'decays': self._each(lambda p: id(p) not in self._no_decay), 'trains': self._each(lambda p: p.requires_grad)}
 
-    def load_state_dict(self,
+    def check_state(self,
         sd: dict[str, Any], # from `state_dict`
     ) -> None:
-        "Take over what `state_dict` returned; `ValueError` if it is of another optimizer, and then nothing is changed"
+        "`ValueError` if a state is of another optimizer"
         found = differences(sd, self.state_dict())
         if found: raise ValueError('the saved state is of another optimizer, and nothing of it was taken over: ' + '; '.join(found))
+
+    def load_state_dict(self,
+        sd: dict[str, Any],        # from `state_dict`
+        with_frozen: bool = True,  # also which parameters are trained
+    ) -> None:
+        "Take over what `state_dict` returned; `ValueError` if it is of another optimizer, and then nothing is changed"
+        self.check_state(sd)
         switches = [{k: group[k] for k in SWITCHES if k in group} for group in self.opt.param_groups]
         self.opt.load_state_dict(sd['opt'])
         for group, own in zip(self.opt.param_groups, switches): group.update(own)
+        if 'wd' in self.hypers[0]: self.set_hyper('wd', [h.get('wd', 0.) for h in sd['hypers']]) # who does the decay, PyTorch or this class, is decided here
+        if not with_frozen: return
         self.frozen_idx = sd['frozen_idx']
         for group, trains in zip(self.param_lists, sd['trains']):
             for p, trainable in zip(group, trains): _set_trainable(p, trainable)

@@ -12,7 +12,7 @@ import torch
 
 from .grouped import Optimizer, OptimWrapper
 from .hypers import as_param_lists
-from .own import QuasiHyperbolicAdam, SoftRAdam
+from .own import LayerwiseSGD, QuasiHyperbolicAdam, SoftRAdam
 
 # %% auto #0
 __all__ = ['BETAS', 'SMALL', 'SGD', 'RMSProp', 'Adam', 'RAdam', 'QHAdam', 'Larc', 'Lamb', 'Lion', 'Adan', 'Lookahead', 'ranger']
@@ -112,12 +112,10 @@ def Larc(
     eps: float = 1e-8,         # added to the divisor
     wd: float = 0.,            # weight decay
     decouple_wd: bool = True,  # decay the weights themselves instead of adding to the gradient
-) -> Optimizer:                # over `timm.optim.Lars`
+) -> Optimizer:                # over `LayerwiseSGD`
     "A learning rate for each layer, from the sizes of weights and gradients (You et al., 2017, arXiv:1708.03888)"
-    from timm.optim import Lars
     lists = as_param_lists(params)
-    options = dict(trust_clip=clip, always_adapt=True) | _over_lists(lists, Lars)
-    return Optimizer(lists, Lars, _without_mom(mom), decouple_wd, options, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
+    return Optimizer(lists, LayerwiseSGD, _without_mom(mom), decouple_wd, dict(clip=clip), lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
 
 def Lamb(
     params: Iterable[Any],     # parameters, or lists of parameters

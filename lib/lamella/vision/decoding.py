@@ -150,6 +150,7 @@ class PlainJpeg:
         how: str,               # 'bilinear' or 'bicubic'
     ) -> Callable[[], torch.Tensor] | None: # makes (c,height,width), uint8, or raises `ValueError`; `None` if that is for PIL, or for fewer pixels
         "What takes a part of the picture and resizes it"
+        if mode not in ('RGB', 'L') or _jpeg_decoder() is None: return None
         part = tuple(map(round, box))
         if any(abs(a - b) >= 1e-6 for a, b in zip(box, part)): return None
         wanted = (max(1, round(whole * to / (end - start))) for whole, to, start, end in zip(self.size, size, part, part[2:]))
@@ -169,7 +170,7 @@ def plain_jpeg(
 ) -> PlainJpeg | None:    # `None` for anything unusual: all other files, large pictures, those with EXIF, colour profiles, four channels, scans one after another
     "A small JPEG with nothing in it but pixels (ITU-T T.81, annex B)"
     data = source if isinstance(source, bytes) else _small_file(source)
-    if not 4 < len(data) < _SMALL or data[:2] != b'\xff\xd8': return None
+    if not 4 < len(data) < _SMALL or data[:3] != b'\xff\xd8\xff': return None
     try: size, mode, info = _head_of(data)
     except (ValueError, IndexError, struct.error): return None
     return PlainJpeg(bytearray(data), size, mode, info) if size[0] * size[1] <= _PART_OF_PHOTO else None
@@ -179,7 +180,7 @@ _PART_OF_PHOTO = 2**22 # pixels; of a larger one seldom all are needed
 def _small_file(path: str) -> bytes:
     "What is in a file; of a larger one only a part, of none nothing"
     try: file = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
-    except OSError: return b''
+    except (OSError, ValueError): return b'' # what is wrong with the path, PIL says
     try: return os.read(file, _SMALL)
     except OSError: return b''
     finally: os.close(file)
@@ -189,15 +190,24 @@ def _head_of(data: bytes) -> tuple[tuple[int, int], str, dict[str, Any]]:
     at, size, mode, info = 2, (0, 0), '', {}
     while True:
         begin, kind, length = _ENTRY.unpack_from(data, at)
-        if begin != 255: break
-        if kind == 0xC0:
-            bits, height, width, channels = struct.unpack_from('>BHHB', data, at + 4)
-            size, mode = (width, height), {(8, 1): 'L', (8, 3): 'RGB'}.get((bits, channels), '')
-        elif kind == 0xE0: info.update(_jfif(data[at + 4:at + 2 + length]))
+        entry = data[at + 4:at + 2 + length]
+        if begin != 255 or length < 2 or len(entry) != length - 2: break
+        if kind == 0xC0 and not mode: size, mode = _frame(entry)
+        elif kind == 0xE0: info.update(_jfif(entry))
         elif kind == 0xDA and mode and size[0] and size[1]: return size, mode, info
-        elif kind not in (0xC4, 0xDB, 0xDD): break # tables
+        elif kind not in (0xC4, 0xDD) and not (kind == 0xDB and _are_tables(entry)): break # what remains are the tables of the decoder
         at += 2 + length
     raise ValueError
+
+def _frame(entry: bytes) -> tuple[tuple[int, int], str]:
+    "(width, height) and mode; `ValueError` but for bytes of one or three channels"
+    bits, height, width, channels = struct.unpack_from('>BHHB', entry)
+    if bits != 8 or channels not in (1, 3) or len(entry) != 6 + 3 * channels: raise ValueError
+    return (width, height), 'L' if channels == 1 else 'RGB'
+
+def _are_tables(entry: bytes) -> bool:
+    "Are these whole tables for the brightness of waves, with 8 bits a number?"
+    return len(entry) % 65 == 0 and all(o < 16 for o in entry[::65])
 
 def _jfif(entry: bytes) -> dict[str, Any]:
     "The head's first entry (JFIF 1.02), in PIL's words"

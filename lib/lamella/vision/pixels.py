@@ -70,7 +70,7 @@ class Pixels:
         "Put the values into `out`"
         most = None if out.is_floating_point() else 65535 if out.dtype == torch.uint16 else 255
         if most: out.copy_(self.value().mul_(most).round_().clamp_(0, most))
-        elif self._y is self._x and self._x.dtype == torch.uint8 and out.device.type == 'cpu': self._write_bytes(out)
+        elif self._y is self._x and self._x.dtype == torch.uint8 and out.dtype == torch.float32 and out.device.type == 'cpu': self._write_bytes(out)
         elif not _is_not(self.shift, 0.): torch.mul(self.y, self.scale, out=out)
         else: torch.add(self.y.mul_(self.scale) if _is_not(self.scale, 1.) else self.y, self.shift, out=out)
 
@@ -157,7 +157,7 @@ _generation = [next(_forks)]
 
 def _forked() -> None: _generation[0] = next(_forks)
 
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_parent=_forked, after_in_child=_spare.clear)
+if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_spare.clear, after_in_parent=_forked, after_in_child=_forked)
 
 def new_batch(
     shape: tuple[int, ...], # of the tensor
@@ -170,16 +170,13 @@ def new_batch(
     try: memory = _spare.pop()
     except IndexError: memory = _large_pages(size)
     if len(memory) != size: memory = _large_pages(size)
-    memory.madvise(mmap.MADV_DOFORK)
     view = memoryview(memory) # the tensor keeps it, and it goes when the tensor goes
     weakref.finalize(view, _set_aside, memory, _generation[0]).atexit = False
     return torch.frombuffer(view, dtype=dtype).view(shape)
 
-def _set_aside(memory: mmap.mmap, generation: int) -> None:
-    "Keep memory for another batch; a worker process that is forked meanwhile does not get it"
-    if generation != _generation[0]: return
-    memory.madvise(mmap.MADV_DONTFORK)
-    _spare.append(memory)
+def _set_aside(memory: mmap.mmap, generation: int, now: list[int] = _generation, spare: deque[mmap.mmap] = _spare) -> None: # defaults: a module's names may be gone before the last batch
+    "Keep memory for another batch, if no other process shares its pages"
+    if generation == now[0]: spare.append(memory)
 
 def _large_pages(size: int) -> mmap.mmap:
     "New memory"

@@ -27,9 +27,10 @@ __all__ = ['ToTensor', 'CropPad', 'RandomCrop', 'FlipItem', 'DihedralItem', 'Res
 # %% ../../../nbs/60_vision/07_transforms.ipynb #78d8bdd5
 def _tensor_later(
     img: PILBase,  # an image
+    transform: Transform, # that is asked for the tensor
 ) -> torch.Tensor:  # (c,h,w), uint8, contiguous; where the loader puts work off, it fills the tensor when all samples of the batch are drawn
     "`image2tensor` for the very end of a pipeline, where nobody looks at a sample before it is in a batch"
-    later = now_or_later()
+    later = now_or_later(transform)
     if later is None or img._later is None: return image2tensor(img)
     make = img._later
     return later.tensor((1 if img.mode == 'L' else 3, *img.shape), lambda out: out.copy_(make()))
@@ -40,8 +41,8 @@ class ToTensor(Transform):
     order = 5
     puts_off = True # the loader may fill its tensors later, if nothing comes after it
 
-    def encodes(self, o: PILImage) -> TensorImage: return _tensor_later(o)
-    def encodes(self, o: PILImageBW) -> TensorImageBW: return _tensor_later(o)
+    def encodes(self, o: PILImage) -> TensorImage: return _tensor_later(o, self)
+    def encodes(self, o: PILImageBW) -> TensorImageBW: return _tensor_later(o, self)
     def encodes(self, o: PILMask) -> TensorMask: return image2tensor(o)[0]
 
 # %% ../../../nbs/60_vision/07_transforms.ipynb #d6403810
