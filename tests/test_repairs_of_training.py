@@ -195,3 +195,28 @@ def test_a_metric_without_parentheses_and_a_metric_of_two_numbers():
     forgotten = [f for name in metrics.__all__ if name[0].isupper() and hasattr(f := getattr(metrics, name), '__code__') and name not in ('Gather', 'LossMetrics')]
     for func in forgotten:
         with pytest.raises(TypeError, match='with parentheses'): metrics.mk_metrics(func)
+
+
+def test_a_callback_of_functions_and_what_only_the_learner_has():
+    from lamella.loop.callback import Callback
+    epochs = []
+    learn = learner()
+    learn.fit(2, 0.01, cbs=Callback(after_epoch=lambda self: epochs.append(self.epoch), before_fit=lambda self: epochs.append('begin')))
+    assert epochs == ['begin', 0, 1]
+    with pytest.raises(AttributeError, match='read it as self.learn.path'): learn.fit(1, 0.01, cbs=Callback(after_epoch=lambda self: self.path))
+    for name, now in (('begin_fit', 'before_fit'), ('on_epoch_end', 'after_epoch')):
+        with pytest.raises(AttributeError, match=f"'{now}' now"): type('Old', (Callback,), {name: lambda self: None})
+
+
+def test_the_recorder_has_the_last_row_and_the_curve_of_the_search():
+    learn = learner(metrics=accuracy)
+    learn.fit(1, 0.01)
+    assert learn.recorder.final_record == learn.recorder.values[-1] and len(learn.recorder.final_record) == 3
+    learn.lr_find(num_it=20, stop_div=False, show_plot=False)
+    axes = learn.recorder.plot_lr_find()
+    assert axes.get_xscale() == 'log' and len(axes.lines[0].get_xdata()) == 15
+
+
+def test_messages_have_a_subject_and_an_example():
+    with pytest.raises(ValueError, match='f1_score .*2 classes'): learner(metrics=F1Score()).fit(1, 0.01)
+    with pytest.raises(ValueError, match=r"\('unfreeze_milestones', \(\(2, 5\), 3\)\)"): learner().finetune(1, 'unfreeze_milestones')

@@ -282,7 +282,7 @@ def _made_opt(opt_func: Any, groups: list) -> Optimizer:
     made = opt_func(groups, lr=1e-3)
     if isinstance(made, Optimizer): return made
     kind = f'{type(made).__module__}.{type(made).__qualname__}'
-    raise TypeError(f"opt_func returned a {kind}, and has to return lamella's Optimizer: give the class, opt_func={type(made).__name__}, or a partial of it, or return OptimWrapper(opt={type(made).__name__}(...))")
+    raise TypeError(f"opt_func has to return lamella's Optimizer, and returned a {kind}: give the class, opt_func={type(made).__name__}, or a partial of it, or return OptimWrapper(opt={type(made).__name__}(...))")
 
 def _suggested_lrs(found: dict[str, float]) -> Any:
     "A named tuple, as fastai returns it"
