@@ -1,4 +1,6 @@
 """What a review of the training part found, each finding once."""
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader as TorchLoader
 from lamella.callbacks.lr_find import minimum, slide, steep, valley
 from lamella.data.loaders import DataLoaders
 from lamella.learner.learner import Learner
+from lamella.base.errors import context_of
 from lamella.callbacks.best import SaveModelCallback
 from lamella.metrics import F1Score, accuracy, rmse
 
@@ -120,9 +123,7 @@ def returns_nothing(pred, y): F.cross_entropy(pred, y)
     (lambda pred, y: F.cross_entropy(pred, y).item(), torch.long, r'without .item\(\)'), (accuracy, torch.long, 'no gradient'),
     ('cross_entropy', torch.long, 'has to be a function'), (F.cross_entropy, torch.int32, r'y.long\(\)')])
 def test_a_loss_that_cannot_be_trained_with_is_explained(loss, dtype, said):
-    from lamella.base.errors import context_of
     with pytest.raises((RuntimeError, AttributeError, TypeError)) as caught: learner(loaders(dtype=dtype) , loss).fit(1)
-    import re
     assert re.search(said, '\n'.join(context_of(caught.value))), context_of(caught.value)
 
 
@@ -140,7 +141,7 @@ TWO_GROUPS = dict(splitter=lambda m: [list(m[0].parameters()), list(m[1:].parame
     ({}, lambda l: l.fit(1, '0.1'), TypeError, 'a learning rate is a number'),
     ({}, lambda l: l.fit(1, 0.1, SaveModelCallback()), TypeError, 'cbs='),
     ({}, lambda l: l.fit_one_cycle(1, moms=0.9), TypeError, 'three numbers'),
-    (TWO_GROUPS, lambda l: l.fit(1, [0.1] * 3), ValueError, "'lr' of the optimizer: 3 values were given for 2"),
+    (TWO_GROUPS, lambda l: l.fit(1, [0.1] * 3), ValueError, "3 values of 'lr' were given for 2"),
     ({}, lambda l: l.get_preds(with_losses=True), TypeError, "Did you mean 'with_loss'"),
     ({}, lambda l: l.validate(dss_idx=1), TypeError, "Did you mean 'ds_idx'"),
     ({}, lambda l: l.predict(X[0], with_inputs=True), TypeError, "Did you mean 'with_input'"),
@@ -203,7 +204,10 @@ def test_a_callback_of_functions_and_what_only_the_learner_has():
     learn = learner()
     learn.fit(2, 0.01, cbs=Callback(after_epoch=lambda self: epochs.append(self.epoch), before_fit=lambda self: epochs.append('begin')))
     assert epochs == ['begin', 0, 1]
-    with pytest.raises(AttributeError, match='read it as self.learn.path'): learn.fit(1, 0.01, cbs=Callback(after_epoch=lambda self: self.path))
+    with pytest.raises(AttributeError) as caught: learn.fit(1, 0.01, cbs=Callback(after_epoch=lambda self: self.path))
+    assert 'read it as self.learn.path' in context_of(caught.value)[-1]
+    with pytest.raises(AttributeError) as caught: learn.fit(1, 0.01, cbs=Callback(after_epoch=lambda self: self.nothing))
+    assert not context_of(caught.value)
     for name, now in (('begin_fit', 'before_fit'), ('on_epoch_end', 'after_epoch')):
         with pytest.raises(AttributeError, match=f"'{now}' now"): type('Old', (Callback,), {name: lambda self: None})
 

@@ -12,11 +12,12 @@ from typing import Any, Generic, TypeVar, overload
 import torch
 from torch import nn
 
+from ..base.errors import add_context
 from ..base.registry import did_you_mean
 from .events import EVENTS
 
 # %% auto #0
-__all__ = ['LoopState', 'Callback', 'before_batch_cb']
+__all__ = ['LoopState', 'Callback', 'where_it_is', 'before_batch_cb']
 
 # %% ../../../nbs/20_loop/01_callback.ipynb #2632be48
 _T = TypeVar('_T')
@@ -93,14 +94,6 @@ class Callback:
             if name not in EVENTS: raise TypeError(f"{type(self).__name__}() takes functions by the names of events, and '{name}' is none.{did_you_mean(name, EVENTS)}")
             setattr(self, name, MethodType(func, self))
 
-    def __getattr__(self, name: str) -> Any:
-        "Only what is not there comes here: say where it is"
-        if name in EVENTS or name.startswith('__'): raise AttributeError(name)
-        declared = getattr(type(self), name, None)
-        if hasattr(declared, '__get__'): return declared.__get__(self, type(self)) # raises once more what it has raised
-        text = f"'{type(self).__name__}' object has no attribute '{name}'"
-        raise AttributeError(f"{text}: the learner has it, read it as self.learn.{name}" if hasattr(vars(self).get('learn'), name) else text)
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
@@ -124,6 +117,15 @@ class Callback:
         return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', re.sub('Callback$', '', type(self).__name__) or 'Callback').lower()
 
     def __repr__(self) -> str: return type(self).__name__
+
+def where_it_is(
+    error: AttributeError, # raised by a callback
+    loop: Any,             # the loop of the callback
+) -> AttributeError:       # the same
+    "Say so if the callback was asked for what only the loop has"
+    asked = isinstance(error.obj, Callback) and hasattr(loop, error.name or '')
+    return add_context(error, f'the learner has it: read it as self.learn.{error.name}') if asked else error
+
 
 # %% ../../../nbs/20_loop/01_callback.ipynb #c2bae4ba
 def before_batch_cb(

@@ -14,7 +14,7 @@ from ..base.errors import add_context, describe_value
 from ..base.modules import describe_failure
 from ..base.mismatch import explain_loss_error, explained_loss
 from ..base.nested import as_list, to_device
-from .callback import Callback
+from .callback import Callback, where_it_is
 from .named import TARGET_NAMES, OwnLoss, call_named, main_output, split_named
 from .state import restore_loop
 from .events import (EVENTS, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
@@ -277,8 +277,10 @@ class TrainingLoop:
         event: str, # one of `EVENTS`
     ) -> None:
         "Call the callbacks that have a method of this name, in their order"
-        for cb, method in self._heard[event]:
-            if cb.run: method()
+        try:
+            for cb, method in self._heard[event]:
+                if cb.run: method()
+        except AttributeError as error: raise where_it_is(error, self)
 
     def _clean_up(self, stage: str) -> None:
         "Call all callbacks, also if one of them raises: the first error comes at the end"
