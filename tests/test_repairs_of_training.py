@@ -141,7 +141,7 @@ TWO_GROUPS = dict(splitter=lambda m: [list(m[0].parameters()), list(m[1:].parame
     ({}, lambda l: l.fit(1, '0.1'), TypeError, 'a learning rate is a number'),
     ({}, lambda l: l.fit(1, 0.1, SaveModelCallback()), TypeError, 'cbs='),
     ({}, lambda l: l.fit_one_cycle(1, moms=0.9), TypeError, 'three numbers'),
-    (TWO_GROUPS, lambda l: l.fit(1, [0.1] * 3), ValueError, "3 values of 'lr' were given for 2"),
+    (TWO_GROUPS, lambda l: l.fit(1, [0.1] * 3), ValueError, '3 values were given for 2 parameter groups, as lr'),
     ({}, lambda l: l.get_preds(with_losses=True), TypeError, "Did you mean 'with_loss'"),
     ({}, lambda l: l.validate(dss_idx=1), TypeError, "Did you mean 'ds_idx'"),
     ({}, lambda l: l.predict(X[0], with_inputs=True), TypeError, "Did you mean 'with_input'"),

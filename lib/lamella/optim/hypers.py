@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from ..base.nested import is_listy
 
 # %% auto #0
-__all__ = ['Hyper', 'set_entry', 'find_places']
+__all__ = ['pytorch_hp_map', 'SWITCHES', 'as_param_lists', 'spread', 'Hyper', 'set_entry', 'find_places']
 
 # %% ../../../nbs/12_optim/01_hypers.ipynb #8bc252f3
 pytorch_hp_map: dict[str, str] = {'momentum': 'mom', 'weight_decay': 'wd', 'alpha': 'sqr_mom', 'betas__0': 'mom', 'betas__1': 'sqr_mom'}
@@ -41,7 +41,7 @@ def spread(
     if isinstance(value, np.ndarray): value = value.tolist()
     if not is_listy(value): value = [value]
     if len(value) == 1: value = [value[0]] * n
-    if len(value) != n: raise ValueError(f'{len(value)} values of '{name}' were given for {n} parameter groups')
+    if len(value) != n: raise ValueError(f'{len(value)} values were given for {n} parameter groups, as {name}')
     return [v.item() if isinstance(v, np.generic) else v for v in value]
 
 # %% ../../../nbs/12_optim/01_hypers.ipynb #f5aea583
