@@ -4,12 +4,14 @@
 
 # %% ../../nbs/50_interpret.ipynb #30178ec8
 from __future__ import annotations
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .base.figures import subplots
+from .data.loader import DataLoader
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +42,7 @@ class Interpretation:
     ) -> Interpretation:   # of that loader
         "Predict a loader, and keep what is needed to read the result"
         dl = learn.dls[ds_idx] if dl is None else dl
-        dl = dl.in_order() if hasattr(dl, 'in_order') else dl
+        dl = dl.in_order() if isinstance(dl, DataLoader) else dl
         preds, targs, decoded, losses = learn.get_preds(dl=dl, with_decoded=True, with_loss=True, act=act)
         return cls(learn, dl, preds, targs, decoded, losses)
 
@@ -58,6 +60,7 @@ class Interpretation:
     ) -> None:
         "Show the samples with the largest losses: target, prediction, loss and probability"
         losses, indices = self.top_losses(k, largest)
+        if not hasattr(self.dl, 'make_batch'): raise TypeError(f'plot_top_losses needs a loader of lamella, which can read and show single samples, not a {type(self.dl).__name__}: top_losses({k}) says which samples they are')
         batch = self.dl.make_batch(indices.tolist())
         titles = [f'loss {loss:.2f}{self._probability(int(i))}' for loss, i in zip(losses.tolist(), indices)]
         self.learn.show_predictions(self.dl, batch, titles, **kwargs)
@@ -68,19 +71,24 @@ class Interpretation:
 # %% ../../nbs/50_interpret.ipynb #a1f31732
 class ClassificationInterpretation(Interpretation):
     "Reads the predictions of a classifier"
+    @property
+    def classes(self) -> Sequence[Any]: # as many as the confusion matrix has rows
+        "The names of the classes; their numbers, if the data knows no names"
+        return list(range(self.preds.shape[1] if self.preds.dim() > 1 else 2)) if self.vocab is None else self.vocab
+
     def confusion_matrix(self) -> np.ndarray: # (classes, classes): rows are targets, columns predictions
         "How often each class was taken for each other"
-        n = len(self.vocab)
-        pairs = self.targs.flatten() * n + self.decoded.flatten()
+        n = len(self.classes)
+        pairs = self.targs.flatten().long() * n + self.decoded.flatten()
         return torch.bincount(pairs, minlength=n * n).reshape(n, n).numpy()
 
     def most_confused(self,
         min_val: int = 1, # leave out what happened less often
     ) -> list[tuple[Any, Any, int]]: # (target, prediction, how often), the most frequent first
         "The pairs of classes that are confused most"
-        counts = self.confusion_matrix()
+        counts, names = self.confusion_matrix(), self.classes
         np.fill_diagonal(counts, 0)
-        found = [(self.vocab[i], self.vocab[j], int(counts[i, j])) for i, j in zip(*np.where(counts >= max(1, min_val)))]
+        found = [(names[i], names[j], int(counts[i, j])) for i, j in zip(*np.where(counts >= max(1, min_val)))]
         return sorted(found, key=lambda o: -o[2])
 
     def plot_confusion_matrix(self,
@@ -93,12 +101,13 @@ class ClassificationInterpretation(Interpretation):
         **kwargs: Any,                             # passed on to `subplots`, such as `dpi`
     ) -> Axes:                                     # the axes drawn on
         "Draw the confusion matrix"
-        counts, n = self.confusion_matrix(), len(self.vocab)
+        counts, names = self.confusion_matrix(), self.classes
+        n = len(names)
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         ax = subplots(figsize=figsize or (2 + n * 0.5,) * 2, **kwargs)[1][0, 0]
         ax.imshow(shares if normalize else counts, cmap=cmap)
-        ax.set(title=title, xlabel='prediction', ylabel='target', xticks=range(n), yticks=range(n), yticklabels=self.vocab)
-        ax.set_xticklabels(self.vocab, rotation=90)
+        ax.set(title=title, xlabel='prediction', ylabel='target', xticks=range(n), yticks=range(n), yticklabels=names)
+        ax.set_xticklabels(names, rotation=90)
         texts = [[f'{v:.{norm_dec}f}' for v in row] for row in shares] if normalize else counts
         if plot_txt: _write_numbers(ax, texts, shares)
         return ax

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .errors import describe_value
+from .errors import add_context, describe_value
 
 # %% auto #0
-__all__ = ['explain_loss_error']
+__all__ = ['explain_loss_error', 'explained_loss']
 
 # %% ../../../nbs/00_base/12_mismatch.ipynb #71d6d832
 @dataclass
@@ -69,6 +69,10 @@ def _labels_as_classes(case: _Case) -> str | None:
     one_hot = ' Every sample has just one: class numbers would do, too, y.argmax(1) with CrossEntropyLossFlat().' if bool((case.targ.sum(case.axis) == 1).all()) else ''
     return f'The targets are zeros and ones for each of {case.outputs} classes: take BCEWithLogitsLossFlat(), where each class is decided for itself.{one_hot}'
 
+def _narrow_classes(case: _Case) -> str | None:
+    if not case.flat and case.targ.dtype in (torch.int8, torch.int16, torch.int32, torch.bool): return (f'The targets are class numbers stored as {_dtype(case.targ)}, '
+        'and this loss of PyTorch wants int64: y.long(), or CrossEntropyLossFlat(), which casts them.')
+
 def _other_axis(case: _Case) -> str | None:
     pred, targ = case.pred, case.targ
     if pred.dim() < 3 or case.axis % pred.dim() == 1 or tuple(targ.shape) not in (tuple(pred.shape[:1] + pred.shape[2:]), tuple(pred.shape[:1] + (1,) + pred.shape[2:])): return None
@@ -116,7 +120,7 @@ def _dtype(x: torch.Tensor) -> str: return str(x.dtype).removeprefix('torch.')
 def _times(shape: tuple) -> str: return 'x'.join(map(str, shape))
 
 _FINDINGS: dict[str | None, tuple[Callable[[_Case], str | None], ...]] = {
-    'classes': (_other_batch, _single_output, _labels_as_classes, _numbers_as_classes, _other_axis, _other_picture, _class_out_of_range, _extra_dimension),
+    'classes': (_other_batch, _single_output, _labels_as_classes, _numbers_as_classes, _other_axis, _other_picture, _class_out_of_range, _extra_dimension, _narrow_classes),
     'binary': (_other_batch, _classes_as_labels, _other_number, _whole_as_float, _other_shape, _no_probabilities),
     'numbers': (_other_batch, _classes_as_labels, _other_number, _whole_as_float, _other_shape),
     None: (_other_batch,)}
@@ -129,6 +133,7 @@ def explain_loss_error(
     error: BaseException | None = None, # what it raised; an error of a GPU cannot be looked into any more
 ) -> str:                     # for a message; empty if nothing is known
     "Why a loss cannot compare predictions and targets, and which loss would fit"
+    if not callable(loss_func): return f'loss_func is {describe_value(loss_func)}, and has to be a function of (pred, targ) or a module, such as CrossEntropyLossFlat().'
     targets = targets if isinstance(targets, (tuple, list)) else (targets,)
     if len(targets) != 1: return f'The loss was called with {len(targets)} targets: it has to be written for them, loss(pred, *targets).'
     if not isinstance(pred, torch.Tensor): return f'The model returned {_what(pred)}: a loss of your own has to take it apart, loss(pred, targ).'
@@ -143,3 +148,21 @@ def _first_finding(loss_func: Any, pred: torch.Tensor, targ: torch.Tensor) -> st
     flat = type(loss_func).__module__.startswith('lamella.')
     case = _Case(pred, targ, getattr(loss_func, 'axis', 1), getattr(loss_func, 'ignore_index', -100), flat, 'logit' in name.lower())
     return next(filter(None, (find(case) for find in _FINDINGS[_kind_of_loss(name)])), '')
+
+# %% ../../../nbs/00_base/12_mismatch.ipynb #78e95dda
+def explained_loss(
+    error: BaseException, # raised when a loss was used
+    loss_func: Any,       # that gave the loss
+    loss: Any,            # what it returned
+) -> BaseException:       # the same, with a line of context if something is known
+    "What is wrong with a loss that cannot be trained with"
+    finding = _wrong_loss(loss)
+    return add_context(error, f'{finding} (loss function: {_name_of_loss(loss_func)})') if finding else error
+
+def _wrong_loss(loss: Any) -> str:
+    if loss is None: return 'The loss function returned nothing: has it no `return`?'
+    if not isinstance(loss, torch.Tensor): return f'The loss function returned {_what(loss)}, not a tensor: without .item(), float() and NumPy in it, since they cut the gradient off.'
+    if loss.numel() != 1: return f"The loss function returned a tensor of shape {tuple(loss.shape)}, and training needs one number: reduction='mean' instead of 'none', or loss.mean() at its end."
+    if not loss.requires_grad: return ('The loss has no gradient: it was computed by a decision (argmax, a comparison, as a metric such as accuracy does), from .detach(), .item() or NumPy, '
+        'or all parameters of the model are frozen. Take a loss such as CrossEntropyLossFlat(), and give the metric as metrics=...')
+    return ''

@@ -81,6 +81,7 @@ def to_concat(
 ) -> Any:               # one batch
     "Join a list of batches into one, leaf by leaf"
     first = batches[0]
+    if first is None: return None # such as the loss of a model that got no labels
     if isinstance(first, Mapping): return type(first)({k: to_concat([b[k] for b in batches], dim) for k in first})
     if isinstance(first, (list, tuple)): return type(first)([to_concat([b[i] for b in batches], dim) for i in range(len(first))])
     return torch.cat(batches, dim=dim) if first.dim() else torch.stack(batches)

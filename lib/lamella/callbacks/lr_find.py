@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/30_callbacks/02_lr_find.ipynb #3aa2cd57
 from __future__ import annotations
+import inspect
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from torch import nn
 from ..base.figures import subplots
 from ..base.modules import remember_buffers
 from ..base.seeds import generators_of, get_random_states, set_random_states
+from ..base.nested import as_list
+from ..base.registry import did_you_mean
 from ..loop.callback import Callback
 from ..loop.events import CancelFitException, CancelValidException
 from ..optim.schedules import SchedExp
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['Suggestion', 'Snapshot', 'LRFinder', 'minimum', 'steep', 'longest_valley', 'valley', 'slide', 'plot_lr_find']
+__all__ = ['Suggestion', 'Snapshot', 'LRFinder', 'minimum', 'steep', 'longest_valley', 'valley', 'slide', 'as_suggestions',
+           'plot_lr_find']
 
 # %% ../../../nbs/30_callbacks/02_lr_find.ipynb #d424b8ac
 class Snapshot:
@@ -82,65 +86,105 @@ class LRFinder(Callback):
     def before_validate(self) -> None: raise CancelValidException()
 
 # %% ../../../nbs/30_callbacks/02_lr_find.ipynb #321835dd
-Suggestion = tuple[float, float]
+Suggestion = tuple[float, tuple[float, float]]
+
+def _point(lrs: np.ndarray, losses: np.ndarray, i: int) -> Suggestion: return float(lrs[i]), (float(lrs[i]), float(losses[i]))
 
 def minimum(
     lrs: np.ndarray,    # learning rates, growing
     losses: np.ndarray, # smoothed losses
-) -> Suggestion:        # (learning rate, loss)
+    num_it: int = 100,  # not looked at; fastai's functions have it
+) -> Suggestion:        # a learning rate, and its point on the curve
     "A tenth of the rate with the smallest loss"
+    lrs, losses = np.asarray(lrs), np.asarray(losses)
     lr = lrs[losses.argmin()] / 10
-    return float(lr), float(np.interp(lr, lrs, losses))
+    return float(lr), (float(lr), float(losses[np.abs(lrs - lr).argmin()]))
 
 def steep(
     lrs: np.ndarray,    # learning rates, growing
     losses: np.ndarray, # smoothed losses
-) -> Suggestion:        # (learning rate, loss)
+    num_it: int = 100,  # not looked at; fastai's functions have it
+) -> Suggestion:        # a learning rate, and its point on the curve
     "Where the loss falls fastest"
-    i = np.diff(losses).argmin()
-    return float(lrs[i]), float(losses[i])
+    lrs, losses = np.asarray(lrs), np.asarray(losses)
+    return _point(lrs, losses, int((np.diff(losses) / np.diff(np.log(lrs))).argmin()))
 
 def longest_valley(
     losses: np.ndarray, # losses
-) -> tuple[int, int]:   # index of its first and of its last element
+) -> tuple[int, int]:   # how many elements it has, and the index of the last one
     "The longest sequence of falling values, not necessarily neighbours"
-    length, start = np.ones(len(losses), int), np.arange(len(losses))
-    for i in range(1, len(losses)):
-        higher = np.flatnonzero(losses[:i] > losses[i])
-        if not len(higher): continue
-        before = higher[length[higher].argmax()]
-        length[i], start[i] = length[before] + 1, start[before]
-    end = int(length.argmax())
-    return int(start[end]), end
+    length = np.ones(len(losses), int)
+    for i in range(1, len(losses)): length[i] += length[:i][losses[:i] > losses[i]].max(initial=0)
+    return int(length.max()), int(length.argmax())
 
 def valley(
     lrs: np.ndarray,    # learning rates, growing
     losses: np.ndarray, # smoothed losses
-) -> Suggestion:        # (learning rate, loss)
-    "Half-way down the longest valley"
-    start, end = longest_valley(losses)
-    i = start + (end - start) // 2
-    return float(lrs[i]), float(losses[i])
+    num_it: int = 100,  # not looked at; fastai's functions have it
+) -> Suggestion:        # a learning rate, and its point on the curve
+    "In the middle of the part of the curve that is as long as its longest valley, and ends with it"
+    lrs, losses = np.asarray(lrs), np.asarray(losses)
+    length, end = longest_valley(losses)
+    third = length / 3
+    return _point(lrs, losses, max(0, end - length + int(third) + int(third / 2)))
 
 def slide(
     lrs: np.ndarray,        # learning rates, growing
     losses: np.ndarray,     # smoothed losses
+    num_it: int = 100,      # not looked at; fastai's functions have it
     lr_diff: int = 15,      # width of the interval, in steps
     thresh: float = 0.005,  # a slope that is no longer steep
     adjust_value: float = 1.0, # the result is multiplied by this
-) -> Suggestion:            # (learning rate, loss)
+) -> Suggestion:            # a learning rate, and its point on the curve
     "Slide an interval from the right to where the loss is about to fall"
-    slopes, right = np.gradient(losses), len(losses) - 1
-    left = max(0, right - lr_diff)
-    while left > 0 and abs(slopes[right] - slopes[left]) > thresh: left, right = left - 1, right - 1
+    lrs, losses = np.asarray(lrs), np.asarray(losses)
+    width = min(lr_diff, len(losses) - 1)
+    slopes = np.gradient(losses)
+    unlike = np.abs(slopes[width:] - slopes[:len(slopes) - width]) > thresh # for each left end: does the slope change within the interval?
+    alike = np.flatnonzero(~unlike)
+    left = min(int(alike[-1]) + 1, len(unlike) - 1) if len(alike) else 0    # the last interval that was unlike
     lr = float(lrs[left]) * adjust_value
-    return lr, float(np.interp(np.log10(lr), np.log10(lrs), losses))
+    return lr, (lr, float(np.interp(np.log10(lr), np.log10(lrs), losses)))
+
+# %% ../../../nbs/30_callbacks/02_lr_find.ipynb #46564873
+_KNOWN = {f.__name__: f for f in (valley, slide, minimum, steep)}
+
+def as_suggestions(
+    funcs: Any, # a function of (lrs, losses, num_it), the name of one of those above, or several; `None` for none
+) -> dict[str, Callable]: # from three arguments to a suggestion, by a name that a named tuple can have
+    "The functions that suggest a rate, by name; `ValueError` or `TypeError` for what is none"
+    found: dict[str, Callable] = {}
+    for func in as_list(funcs):
+        func = _known(func) if isinstance(func, str) else func
+        if not callable(func): raise TypeError(f'what suggests a rate is a function of (lrs, losses, num_it), or one of {", ".join(_KNOWN)}, not {func!r}')
+        plain = getattr(func, 'func', func)
+        name = getattr(plain, '__name__', type(plain).__name__)
+        name = name if name.isidentifier() else 'suggestion'
+        while name in found: name += '_'
+        found[name] = _with_point(func, name)
+    return found
+
+def _known(name: str) -> Callable:
+    if name not in _KNOWN: raise ValueError(f"there is no suggestion '{name}': there are {', '.join(_KNOWN)}.{did_you_mean(name, _KNOWN)}")
+    return _KNOWN[name]
+
+def _with_point(func: Callable, name: str) -> Callable:
+    "A function of two or of three arguments, that returns a rate alone, with a loss or with a point"
+    count = len([p for p in inspect.signature(func).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)])
+    def _called(lrs: Any, losses: Any, num_it: int) -> Suggestion:
+        result = func(lrs, losses) if count == 2 else func(lrs, losses, num_it)
+        lr, point = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        try:
+            lr, point = float(lr), point if isinstance(point, tuple) else (lr, np.interp(float(lr), lrs, losses))
+            return lr, (float(point[0]), float(point[1]))
+        except (TypeError, ValueError, IndexError) as error: raise TypeError(f'{name} has to return a rate, or (rate, (rate, loss)), and returned {result!r}') from error
+    return _called
 
 # %% ../../../nbs/30_callbacks/02_lr_find.ipynb #b5fdd65c
 def plot_lr_find(
     lrs: Sequence[float],                # learning rates
     losses: Sequence[float],             # smoothed losses
-    suggestions: dict[str, Suggestion] | None = None, # points to mark, by name
+    suggestions: dict[str, tuple[float, float]] | None = None, # points to mark, by name
     ax: Axes | None = None,              # where to draw
 ) -> Axes:                               # the axes drawn on
     "Loss over learning rate, with the suggestions"

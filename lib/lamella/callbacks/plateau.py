@@ -37,7 +37,7 @@ class ReduceLROnPlateau(TrackerCallback):
     def after_epoch(self) -> None:
         super().after_epoch()
         self.wait = 0 if self.new_best else self.wait + 1
-        if self.wait >= self.patience: self._reduce()
+        if not self.new_best and self.wait >= self.patience: self._reduce()
 
     def _reduce(self) -> None:
         before, self.wait = [h['lr'] for h in self.opt.hypers], 0

@@ -36,6 +36,6 @@ class EarlyStoppingCallback(TrackerCallback):
     def after_epoch(self) -> None:
         super().after_epoch()
         self.wait = 0 if self.new_best else self.wait + 1
-        if self.wait < self.patience: return
+        if self.new_best or self.wait < self.patience: return
         say(self.learn, f'No improvement since epoch {self.epoch - self.wait}: early stopping')
         raise CancelFitException()

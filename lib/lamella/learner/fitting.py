@@ -7,14 +7,16 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..base.nested import as_list
 from ..base.registry import checked_keywords
-from ..callbacks.lr_find import LRFinder, Snapshot, plot_lr_find, valley
+from ..callbacks.lr_find import LRFinder, Snapshot, as_suggestions, plot_lr_find, valley
 from ..callbacks.progress import ProgressCallback
 from ..callbacks.schedule import ParamScheduler
 from ..loop.recorder import Recorder
@@ -53,11 +55,7 @@ class Fitting(Resuming):
     def create_opt(self) -> None:
         "Make a new optimizer, with a parameter group for each list of the splitter"
         self.model.to(self.dls.device)
-        groups = self.splitter(self.model)
-        func, options = getattr(self.opt_func, 'func', self.opt_func), getattr(self.opt_func, 'keywords', {})
-        is_class = isinstance(func, type) and issubclass(func, torch.optim.Optimizer)
-        self.opt = OptimWrapper(groups, func, **options) if is_class else self.opt_func(groups, lr=1e-3)
-        if not isinstance(self.opt, Optimizer): raise TypeError(f"opt_func has to return lamella's Optimizer, or be a class of torch.optim (or a partial of one), not a {type(self.opt).__name__}")
+        self.opt = _made_opt(self.opt_func, _checked_groups(self.splitter(self.model)))
         self.opt.set_hyper('lr', self.lr)
         if not self.wd_bn_bias: self.opt.no_decay(norm_params(self.model, with_bias=True))
         if self.train_bn: self.opt.always_train(norm_params(self.model))
@@ -65,6 +63,7 @@ class Fitting(Resuming):
     def _ready(self, lr: Any = None, wd: float | None = None, reset_opt: bool = False) -> None:
         "An optimizer with these hyper-parameters, and the model on its device"
         _check_rate(lr)
+        _check_decay(wd)
         if self.opt is None or reset_opt: self.create_opt()
         self.model.to(self.dls.device)
         self.opt.set_hyper('lr', self.lr if lr is None else lr)
@@ -102,6 +101,7 @@ class Fitting(Resuming):
         checkpoint: Any = None,    # a folder, or a `Checkpoint`: the same script started again goes on where it was killed
     ) -> None:
         "Train with a constant learning rate"
+        _check_epochs(n_epoch)
         with self.added_cbs(cbs):
             self._ready(lr, wd, reset_opt)
             if checkpoint is None: self.run_epochs(n_epoch, start_epoch)
@@ -122,10 +122,12 @@ class Fitting(Resuming):
         checkpoint: Any = None,      # a folder, or a `Checkpoint`: the same script started again goes on where it was killed
     ) -> None:
         "Train with one cycle: the learning rate goes up and down again, the momentum down and up (Smith, 2018, arXiv:1803.09820)"
+        _check_epochs(n_epoch)
+        moms = _checked_moms(self.moms if moms is None else moms)
         self._ready(lr_max, wd, reset_opt)
         top = np.array([h['lr'] for h in self.opt.hypers])
         scheds = {'lr': combined_cos(pct_start, top / div, top, top / div_final)}
-        if 'mom' in self.opt.hypers[0]: scheds['mom'] = combined_cos(pct_start, *(self.moms if moms is None else moms))
+        if 'mom' in self.opt.hypers[0]: scheds['mom'] = combined_cos(pct_start, *moms)
         self.fit(n_epoch, lr=top, wd=wd, cbs=[ParamScheduler(scheds), *as_list(cbs)], start_epoch=start_epoch, checkpoint=checkpoint)
 
     @checked_keywords
@@ -145,6 +147,8 @@ class Fitting(Resuming):
         checkpoint: Any = None,    # a folder, or a `Checkpoint`: the same script started again goes on where it was killed, in the right phase
     ) -> None:
         "Train the head for `freeze_epochs`, then everything for `epochs`, the first layers slowest"
+        _check_epochs(epochs)
+        _check_epochs(freeze_epochs, 'freeze_epochs')
         shared = dict(wd=wd, moms=moms, cbs=cbs, div_final=div_final, reset_opt=reset_opt, start_epoch=start_epoch, checkpoint=checkpoint)
         self.freeze()
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **shared)
@@ -161,9 +165,10 @@ class Fitting(Resuming):
         num_it: int = 100,         # how many steps
         stop_div: bool = True,     # stop when the loss explodes
         show_plot: bool = True,    # draw loss over learning rate
-        suggest_funcs: Any = (valley,), # one or several of `valley`, `slide`, `minimum`, `steep`
-    ) -> Any:                      # a named tuple of suggestions
+        suggest_funcs: Any = (valley,), # one or several of `valley`, `slide`, `minimum`, `steep`, or functions of (lrs, losses, num_it), as in fastai; `None` for none
+    ) -> Any:                      # a named tuple of suggestions; `None` without `suggest_funcs`
         "Train with a growing learning rate and suggest one; weights, optimizer, random state and loaders are put back bit for bit"
+        suggesting = as_suggestions(suggest_funcs) # what is wrong is said before the search
         self.model.to(self.dls.device) # moving it replaces its buffers
         before = Snapshot(self)
         self.searching = True
@@ -172,16 +177,17 @@ class Fitting(Resuming):
         finally:
             self.searching = False
             before.restore()
-        lrs, losses = self._search_result()
-        found = {f.__name__: f(lrs, losses) for f in as_list(suggest_funcs)}
-        if show_plot: plot_lr_find(lrs, losses, found)
-        return _suggested_lrs({name: lr for name, (lr, _) in found.items()})
+        lrs, losses = self._search_result(num_it)
+        found = {name: f(torch.tensor(lrs), torch.tensor(losses), num_it) for name, f in suggesting.items()}
+        if show_plot: plot_lr_find(lrs, losses, {name: point for name, (_, point) in found.items()})
+        return None if suggest_funcs is None else _suggested_lrs({name: lr for name, (lr, _) in found.items()})
 
-    def _search_result(self) -> tuple[np.ndarray, np.ndarray]:
-        "Learning rates and smoothed losses of the search, without its first steps and without what is not finite"
+    def _search_result(self, num_it: int) -> tuple[np.ndarray, np.ndarray]:
+        "Learning rates and smoothed losses of the search, without its first tenth, its last five steps, and what is not finite"
         lrs, losses = np.array(self.recorder.lrs), np.array(self.recorder.smoothed())
-        skip = min(10, len(lrs) // 10)
-        kept = np.isfinite(losses) & (np.arange(len(losses)) >= skip)
+        finite, place = np.isfinite(losses), np.arange(len(losses))
+        kept = finite & (place >= num_it // 10) & (place < len(losses) - 5)
+        if kept.sum() < 2: kept = finite # a search of a few steps
         if kept.sum() < 2: raise RuntimeError('the loss was not finite from the first steps of the search on: try a smaller start_lr, and look for NaN in the data')
         return lrs[kept], losses[kept]
 
@@ -235,11 +241,48 @@ class Fitting(Resuming):
         try: yield self
         finally: self.create_mbar = before
 
+def _are_numbers(values: Any) -> bool:
+    "A number, or several, or a slice of them?"
+    values = [o for o in (values.start, values.stop) if o is not None] if isinstance(values, slice) else values
+    try: np.asarray(values, dtype=float)
+    except (TypeError, ValueError): return False
+    return np.asarray(values).dtype.kind not in 'US' # NumPy reads '0.1', too
+
 def _check_rate(lr: Any) -> None:
     "`TypeError` for what is no learning rate"
-    values = [o for o in (lr.start, lr.stop) if o is not None] if isinstance(lr, slice) else 0. if lr is None else lr
-    try: np.asarray(values, dtype=float)
-    except (TypeError, ValueError) as error: raise TypeError(f'a learning rate is a number, a list with one for each parameter group, or slice(first, last), not {lr!r}') from error
+    if lr is not None and not _are_numbers(lr): raise TypeError(f'a learning rate is a number, a list with one for each parameter group, or slice(first, last), not {lr!r}')
+
+def _check_decay(wd: Any) -> None:
+    "`TypeError` for what is no weight decay"
+    if wd is not None and not _are_numbers(wd): raise TypeError(f'wd is the weight decay, a number, not {wd!r}: callbacks are given by name, cbs=...')
+
+def _check_epochs(n: Any, name: str = 'n_epoch') -> None:
+    "`TypeError` or `ValueError` for what is no number of epochs"
+    if isinstance(n, bool) or not isinstance(n, Integral): raise TypeError(f'{name} is how many epochs to train, a whole number, not {n!r}: the learning rate comes after it, as in fit(5, 1e-3)')
+    if n < 0: raise ValueError(f'{name} is how many epochs to train, at least 0, not {n}')
+
+def _checked_moms(moms: Any) -> Any:
+    "Three numbers"
+    if isinstance(moms, (tuple, list, np.ndarray)) and len(moms) == 3: return moms
+    raise TypeError(f'moms are three numbers, the momentum at the beginning, at the top and at the end, such as (0.95, 0.85, 0.95), not {moms!r}')
+
+def _checked_groups(groups: Any) -> list:
+    "What a splitter returned"
+    groups = list(groups)
+    if not any(isinstance(o, nn.Module) for o in groups): return groups
+    raise TypeError(f"the splitter has to return parameters, or lists of them, and returned modules ({', '.join(type(o).__name__ for o in groups)}): take params of each, as in lambda m: [params(m[0]), params(m[1:])]")
+
+def _made_opt(opt_func: Any, groups: list) -> Optimizer:
+    "An optimizer of parameter groups, whatever makes it"
+    func, options = getattr(opt_func, 'func', opt_func), getattr(opt_func, 'keywords', {})
+    if isinstance(func, (torch.optim.Optimizer, Optimizer)) or not callable(func):
+        given = repr(func) if isinstance(func, str) else f'a {type(func).__name__} that is made already' if hasattr(func, 'param_groups') else f'a {type(func).__name__}'
+        raise TypeError(f'opt_func makes an optimizer of parameter groups, and {given} was given: take a class or function, such as Adam, torch.optim.AdamW, or partial(torch.optim.SGD, momentum=0.9)')
+    if isinstance(func, type) and issubclass(func, torch.optim.Optimizer): return OptimWrapper(groups, func, **options)
+    made = opt_func(groups, lr=1e-3)
+    if isinstance(made, Optimizer): return made
+    kind = f'{type(made).__module__}.{type(made).__qualname__}'
+    raise TypeError(f"opt_func has to return lamella's Optimizer, and returned a {kind}: give the class, opt_func={type(made).__name__}, or a partial of it, or return OptimWrapper(opt={type(made).__name__}(...))")
 
 def _suggested_lrs(found: dict[str, float]) -> Any:
     "A named tuple, as fastai returns it"

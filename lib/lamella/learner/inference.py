@@ -80,7 +80,19 @@ class Inference:
         return found + (self._of_samples(waiting) if waiting else [])
 
     def _of_samples(self, samples: list[tuple]) -> list[Prediction]:
-        with evaluating(self.model): outputs = self.model(*self.pipeline.batch(samples, self.device))
+        outputs = self._outputs(samples)
         probs = to_detach(self.output.activation(outputs))
         decisions, classes = self.output.decodes(probs), self.pipeline.vocab
         return [Prediction.make(self.pipeline.label(d, s), d, p, classes) for d, p, s in zip(decisions, probs, samples)]
+
+    def _outputs(self, samples: list[tuple]) -> Any:
+        "What the model returns; items that are dictionaries go to the parameters of their names, without the targets"
+        if len(samples[0]) == 1 and isinstance(samples[0][0], dict): return self._named_outputs(samples)
+        inputs = self.pipeline.batch(samples, self.device)
+        with evaluating(self.model): return self.model(*inputs)
+
+    def _named_outputs(self, samples: list[tuple]) -> Any:
+        from lamella.loop.named import call_named, main_output, split_named # an exported predictor of pictures needs nothing of the loop
+        inputs = self.pipeline.batch([split_named(o[0])[0] for o in samples], self.device)
+        with evaluating(self.model): return main_output(call_named(self.model, *inputs), self.output)
+

@@ -16,6 +16,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..base.nested import as_list, find_bs, map_nested, to_device
+from ..base.registry import checked_keywords
 from ..callbacks.gather import GatherPredsCallback
 from ..data.inference import InferencePipeline
 from ..data.loader import DataLoader
@@ -37,20 +38,29 @@ class Predicting(Fitting):
 
     # ---- a whole loader
 
+    @checked_keywords
     def validate(self,
         ds_idx: int = 1,   # which of the loaders
         dl: Any = None,    # another loader
         cbs: Any = None,   # callbacks for this pass only
     ) -> L:                # the loss and the metrics
         "Loss and metrics on a loader"
-        with self.added_cbs(cbs), self.no_logging(): self._pass_over(self._in_order(self.dls[ds_idx] if dl is None else dl))
+        with self.added_cbs(cbs), self.no_logging(): self._pass_over(self._in_order(self._loader(ds_idx, dl)))
         return L(self.recorder.validation_values())
+
+    def _loader(self, ds_idx: int, dl: Any) -> Any:
+        "A loader, given or by its number"
+        if dl is not None: return dl
+        if not isinstance(ds_idx, int): raise TypeError(f'ds_idx is the number of a loader, not a {type(ds_idx).__name__}: a loader is given as dl=...')
+        if -len(self.dls) <= ds_idx < len(self.dls): return self.dls[ds_idx]
+        raise IndexError(f"there is no loader number {ds_idx}: this learner has {len(self.dls)}, {', '.join(f'{k} {name}' for k, name in zip(range(len(self.dls)), ('for training', 'for validation', 'and more')))}")
 
     def _pass_over(self, dl: Any) -> None:
         "One validation pass"
         self.model.to(self.dls.device)
         self.run_pass(dl)
 
+    @checked_keywords
     def get_preds(self,
         ds_idx: int = 1,                        # which of the loaders
         dl: Any = None,                         # another loader, such as one of `dls.test_dl`
@@ -68,7 +78,7 @@ class Predicting(Fitting):
         concat_dim: int = 0,                    # dimension along which batches are joined
     ) -> tuple:                                 # (inputs,) predictions, targets (, decisions) (, losses)
         "Predictions and targets of a loader: one for each sample of its dataset, in their order, whatever `n` or weights say; an item that cannot be read is an error here"
-        given = self.dls[ds_idx] if dl is None else dl
+        given = self._loader(ds_idx, dl)
         dl = self._in_order(given, all_items=True) if reorder else given.new(drop_last=False) if getattr(given, 'drop_last', False) else given
         gather = GatherPredsCallback(with_input, with_loss, with_preds, with_targs, save_preds, save_targs, concat_dim)
         with self.added_cbs([*as_list(cbs), gather]), self.removed_cbs(Recorder), self.no_bar(), _hint_of_bad_items(given):
@@ -77,9 +87,10 @@ class Predicting(Fitting):
 
     def _results(self, gather: GatherPredsCallback, act: Any, with_input: bool, with_decoded: bool, with_loss: bool) -> tuple:
         found, output = gather.gathered(), output_of_loss(self.loss_func)
-        preds = None if found['preds'] is None else map_nested(output.activation if act is None else act, found['preds'])
+        use = lambda func: lambda o: None if o is None else func(o) # a model may leave something out of its output
+        preds = map_nested(use(output.activation if act is None else act), found['preds'])
         result = [found['inputs']] if with_input else []
-        result += [preds, found['targets']] + ([None if preds is None else map_nested(output.decodes, preds)] if with_decoded else [])
+        result += [preds, found['targets']] + ([map_nested(use(output.decodes), preds)] if with_decoded else [])
         return tuple(result + ([found['losses']] if with_loss else []))
 
     def _in_order(self, dl: Any, all_items: bool = False) -> Any:
@@ -103,6 +114,7 @@ class Predicting(Fitting):
         "The model as predictions of single items call it"
         return self.model
 
+    @checked_keywords
     def predict(self,
         item: Any,                # one item, or a list of them: of the kind of the source, or what the first block opens
         with_input: bool = False, # the transformed input first
@@ -124,8 +136,8 @@ class Predicting(Fitting):
         **kwargs: Any,         # passed on to `get_grid`
     ) -> None:
         "Show samples with target and prediction: green where they agree, red where they do not"
-        dl = self.dls[ds_idx] if dl is None else dl
-        batch = dl.new(shuffle=shuffle, drop_last=False, split_idx=1).one_batch()
+        dl = self._loader(ds_idx, dl)
+        batch = self.dls._lamellas(dl, 'show_results').new(shuffle=shuffle, drop_last=False, split_idx=1).one_batch()
         self.show_predictions(dl, map_nested(lambda o: o[:max_n], batch), **kwargs)
 
     def show_predictions(self,

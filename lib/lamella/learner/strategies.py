@@ -76,6 +76,7 @@ class FreezeUnfreeze:
 class UnfreezeMilestones:
     "The head trains; then the last layers of the body do, too; then everything"
     milestones: tuple[tuple[int, int], int] # ((epoch of the last layers, epoch of everything), how many last layers)
+    example = ((2, 5), 3)
 
     def __post_init__(self) -> None:
         try: (first, second), layers = self.milestones
@@ -128,6 +129,7 @@ def _named(name: str, *args: Any) -> Strategy:
     if not isinstance(found, type):
         if args: raise ValueError(f"the strategy '{name}' takes nothing after its name, not {args}")
         return found
+    if not args and hasattr(found, 'example'): raise ValueError(f"the strategy '{name}' needs more than its name, as in strategy={(name, found.example)!r}")
     try: return found(*args)
     except (TypeError, ValueError) as error: raise ValueError(f"the strategy '{name}' cannot be made of {args}: {error}") from error
 

@@ -12,6 +12,7 @@ from ..base.nested import to_device
 from ..base.seeds import keep_random_states
 from ..data.loader import DataLoader
 from .fitting import Fitting
+from ..loop.named import call_named
 from ..nets.summary import PrettyText, module_summary
 
 # %% auto #0
@@ -29,7 +30,12 @@ class Summarising(Fitting):
         rows = [('Task', getattr(self.dls, 'task', None)), ('Loss function', self.loss_func), ('Optimizer', self._optimizer_text()), ('Model', self._frozen_text())]
         about = '\n'.join(f'{name}: {getattr(value, "__name__", value)}' for name, value in rows if value)
         callbacks = '\n'.join(f'  - {cb}' for cb in sorted(self.cbs, key=lambda cb: cb.order))
-        return PrettyText(f'{module_summary(self, *self.split_batch(batch)[0])}\n{about}\nCallbacks:\n{callbacks}')
+        return PrettyText(f'{self._layers_text(batch)}\n{about}\nCallbacks:\n{callbacks}')
+
+    def _layers_text(self, batch: Any) -> str:
+        "The table of layers, for the inputs of a batch, which may have names"
+        xb = self.split_batch(batch)[0]
+        return module_summary(self, *xb, call=call_named) if self._by_name else module_summary(self, *xb)
 
     def _batch_to_look_at(self) -> Any:
         "Of the validation set, if there is one"

@@ -6,16 +6,18 @@
 from __future__ import annotations
 import re
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import nn
 
+from ..base.errors import add_context
 from ..base.registry import did_you_mean
 from .events import EVENTS
 
 # %% auto #0
-__all__ = ['LoopState', 'Callback', 'before_batch_cb']
+__all__ = ['LoopState', 'Callback', 'where_it_is', 'before_batch_cb']
 
 # %% ../../../nbs/20_loop/01_callback.ipynb #2632be48
 _T = TypeVar('_T')
@@ -37,6 +39,10 @@ class LoopState(Generic[_T]):
 
     def __set__(self, callback: Any, value: Any) -> None:
         raise AttributeError(f"'{self.name}' belongs to the loop: write self.learn.{self.name} = ..., not self.{self.name} = ...")
+
+_EARLIER = {f'begin_{o}': f'before_{o}' for o in ('fit', 'epoch', 'train', 'batch', 'validate')} | {'on_train_begin': 'before_fit', 'on_epoch_begin': 'before_epoch',
+    'on_batch_begin': 'before_batch', 'on_loss_begin': 'after_pred', 'on_backward_begin': 'after_loss', 'on_backward_end': 'after_backward',
+    'on_step_end': 'after_step', 'on_batch_end': 'after_batch', 'on_epoch_end': 'after_epoch', 'on_train_end': 'after_fit'}
 
 class Callback:
     "One behaviour: methods named after the events at which something is to be done"
@@ -80,9 +86,18 @@ class Callback:
         "The target of the batch; all of them, if there are several"
         return self.learn.y
 
+    def __init__(self,
+        **events: Callable[[Any], Any], # functions of the callback, by the event at which they are called: `Callback(after_epoch=lambda self: print(self.epoch))`
+    ):
+        super().__init__()
+        for name, func in events.items():
+            if name not in EVENTS: raise TypeError(f"{type(self).__name__}() takes functions by the names of events, and '{name}' is none.{did_you_mean(name, EVENTS)}")
+            setattr(self, name, MethodType(func, self))
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
+            if name in _EARLIER: raise AttributeError(f"{cls.__name__}.{name} has the name of an event of an earlier fastai, and would never be called: it is '{_EARLIER[name]}' now")
             if re.match('(before|after|cleanup)_', name) and name not in EVENTS: raise AttributeError(
                 f"{cls.__name__}.{name} is named like an event, but there is none of this name.{did_you_mean(name, EVENTS)}")
 
@@ -102,6 +117,15 @@ class Callback:
         return re.sub('(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', re.sub('Callback$', '', type(self).__name__) or 'Callback').lower()
 
     def __repr__(self) -> str: return type(self).__name__
+
+def where_it_is(
+    error: AttributeError, # raised by a callback
+    loop: Any,             # the loop of the callback
+) -> AttributeError:       # the same
+    "Say so if the callback was asked for what only the loop has"
+    asked = isinstance(error.obj, Callback) and hasattr(loop, error.name or '')
+    return add_context(error, f'the learner has it: read it as self.learn.{error.name}') if asked else error
+
 
 # %% ../../../nbs/20_loop/01_callback.ipynb #c2bae4ba
 def before_batch_cb(

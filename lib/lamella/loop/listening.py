@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..base.nested import as_list
-from .callback import Callback
+from .callback import Callback, where_it_is
 from .events import EVENTS
 
 # %% auto #0
@@ -32,8 +32,10 @@ class Listening:
         event: str, # one of `EVENTS`
     ) -> None:
         "Call the callbacks that have a method of this name, in their order"
-        for cb, method in self._heard[event]:
-            if cb.run: method()
+        try:
+            for cb, method in self._heard[event]:
+                if cb.run: method()
+        except AttributeError as error: raise where_it_is(error, self)
 
     def _clean_up(self, stage: str) -> None:
         "Call all callbacks, also if one of them raises: the first error comes at the end"

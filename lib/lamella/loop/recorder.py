@@ -206,6 +206,22 @@ class Recorder(Callback):
         import pandas as pd
         return pd.DataFrame(self.rows, columns=self.metric_names or ['epoch']).set_index('epoch')
 
+    @property
+    def final_record(self) -> list: # losses and metrics
+        "The last row of the last fit, without number and time of the epoch"
+        return self.learn.final_record
+
+    def plot_lr_find(self,
+        skip_end: int = 5,       # leave out the last steps, in which the loss explodes
+        ax: Axes | None = None,  # where to draw; a new figure if not given
+    ) -> Axes:                   # the axes drawn on
+        "The moving average of the training loss over the learning rate, after `lr_find`"
+        ax = subplots(figsize=(6, 4))[1][0, 0] if ax is None else ax
+        end = max(1, len(self.losses) - skip_end)
+        ax.plot(self.lrs[:end], self.losses[:end])
+        ax.set(xlabel='learning rate', ylabel='loss', xscale='log')
+        return ax
+
     def plot_loss(self,
         skip_start: int = 5,     # leave out the first steps
         with_valid: bool = True, # the validation loss of each epoch, too

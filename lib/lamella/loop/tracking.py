@@ -12,6 +12,7 @@ from typing import Any
 
 from ..base.registry import did_you_mean
 from .callback import Callback
+from ..metrics import mk_metric
 
 # %% auto #0
 __all__ = ['better_when', 'say', 'TrackerCallback']
@@ -40,13 +41,14 @@ class TrackerCallback(Callback):
     remembers: tuple[str, ...] = ('best', 'new_best')
 
     def __init__(self,
-        monitor: str = 'valid_loss',  # the column
+        monitor: Any = 'valid_loss',  # the column, by its name or by its metric
         comp: Callable[[Any, Any], Any] | None = None, # is the first value better than the second? From the name if not given
         min_delta: float = 0.,        # a smaller change is no improvement
         reset_on_fit: bool = True,    # begin anew with each fit; the phases of `fine_tune` are one
     ):
-        self.monitor, self.min_delta, self.reset_on_fit = monitor, abs(min_delta), reset_on_fit
-        self.comp = better_when(monitor) if comp is None else comp
+        self.monitor = monitor if isinstance(monitor, str) else mk_metric(monitor).name
+        self.min_delta, self.reset_on_fit = abs(min_delta), reset_on_fit
+        self.comp = better_when(self.monitor) if comp is None else comp
         self.falls = bool(self.comp(0., 1.)) # the smaller the better
         self.best: float | None = None
         self.new_best = False
@@ -58,6 +60,7 @@ class TrackerCallback(Callback):
 
     def before_fit(self) -> None:
         names = [o for o in self.recorder.metric_names if o not in ('epoch', 'time')]
+        if self.monitor not in names and self.monitor.lstrip('_') in names: self.monitor = self.monitor.lstrip('_') # fastai's column of rmse is '_rmse'
         if self.monitor not in names:
             raise ValueError(f"{type(self).__name__} cannot watch '{self.monitor}': this training has {', '.join(names)}.{did_you_mean(self.monitor, names)}")
         self.column, self.new_best = names.index(self.monitor), False

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..base.errors import add_context, describe_value
 from ..base.modules import describe_failure
-from ..base.mismatch import explain_loss_error
+from ..base.mismatch import explain_loss_error, explained_loss
 from ..base.nested import to_device
 from .listening import Listening
 from .named import TARGET_NAMES, OwnLoss, call_named, main_output, split_named
@@ -104,7 +104,8 @@ class TrainingLoop(Listening):
         self.fire('after_pred')
         if not self.yb: return
         self.loss_grad = self.compute_loss()
-        self.loss = self.loss_grad.detach().clone()
+        try: self.loss = self.loss_grad.detach().clone()
+        except AttributeError as error: raise explained_loss(error, self.loss_func, self.loss_grad)
         self.fire('after_loss')
 
     def _learn(self) -> None:
@@ -113,6 +114,7 @@ class TrainingLoop(Listening):
             self.fire('before_backward')
             self.backward()
         except CancelBackwardException: self.fire('after_cancel_backward')
+        except RuntimeError as error: raise explained_loss(error, self.loss_func, self.loss_grad)
         self.fire('after_backward')
         try:
             self.fire('before_step')
@@ -263,3 +265,4 @@ class TrainingLoop(Listening):
             except cancel: self.fire(f'after_cancel_{name}')
             self.fire(f'after_{name}')
         finally: self._clean_up(name)
+

@@ -117,7 +117,8 @@ class AvgMetric(Metric):
         bs = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() else find_bs(learn.yb)
         try: value = self.of_batch(learn)
         except Exception as error: raise metric_error(self, learn, error)
-        self.total = _added(self.total, value, bs)
+        try: self.total = _added(self.total, value, bs)
+        except TypeError as error: raise TypeError(f"the metric '{self.name}' returned {describe_value(value)}, and a metric is a number, or a dictionary of numbers by name") from error
         self.count += bs
 
     def of_batch(self,

@@ -65,7 +65,7 @@ class ClassCounts(Metric):
     ) -> None:
         "Count pairs"
         if guess.numel() != targ.numel(): raise ValueError(f'there is to be one class number for each prediction, not {describe_value(targ)} for {describe_value(guess)}')
-        if self.most_classes and classes > self.most_classes: raise ValueError(f'it is for {self.most_classes} classes, and the model has {classes} outputs: {self._way_out()}')
+        if self.most_classes and classes > self.most_classes: raise ValueError(f'{self.name} as it was made is for {self.most_classes} classes, and the model has {classes} outputs: {self._way_out()}')
         self.classes, guess, targ = classes, guess.flatten().long(), targ.flatten().long()
         kept = (targ >= 0) & (targ < classes)
         cells = torch.where(kept, targ * classes + guess, 0)

@@ -148,11 +148,17 @@ def mk_metric(
     if isinstance(m, Metric) or _acts_like_a_metric(m): return m
     if is_torchmetric(m): return TorchMetric(m)
     if hasattr(m, 'make_metric'): return m.make_metric()
+    if _makes_a_metric(m): raise TypeError(f'{m.__name__} makes a metric, with parentheses: metrics={m.__name__}()')
     if is_sklearn(m): return SklearnMetric(m)
     if callable(m) and not inspect.isclass(m): return AvgMetric(m)
     raise TypeError(f'a metric is a Metric or a function of predictions and targets, not {m!r}')
 
 def _acts_like_a_metric(m: Any) -> bool: return {'reset', 'accumulate', 'value'} <= set(dir(m)) # `hasattr` would compute the value
+
+def _makes_a_metric(m: Any) -> bool:
+    "Is it one of lamella's functions that return metrics, such as `F1Score`?"
+    if not inspect.isfunction(m) or not (m.__module__ or '').startswith('lamella.metrics'): return False
+    return str(m.__annotations__.get('return')).split('.')[-1].rstrip("'>").endswith(('Metric', 'Metric]'))
 
 def _made(cls: type) -> Any:
     try: return cls()

@@ -4,7 +4,7 @@
 
 # %% ../../../nbs/11_nets/05_summary.ipynb #43e3635f
 from __future__ import annotations
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class LayerInfo(NamedTuple):
 def layer_info(
     learn: Any, # a learner, or a model
     *xb: Any,   # inputs, the samples along the first dimension
+    call: Callable[..., Any] = nn.Module.__call__, # how the model is called with them
 ) -> list[LayerInfo]: # one for each call of a layer
     "What each layer returns for one sample"
     model, rows, seen = getattr(learn, 'model', learn), [], set()
@@ -41,7 +42,7 @@ def layer_info(
         seen.add(m)
         shape = _shapes(output)
         rows.append(LayerInfo(type(m).__name__, sum(p.numel() for p in own) if own else '', _trained(own), shape, _shapes(inputs) == (shape,), names[m]))
-    with uncompiled(model), evaluating(model), keep_random_states(), Hooks(flatten_model(model), _track): model(*_one_sample(xb))
+    with uncompiled(model), evaluating(model), keep_random_states(), Hooks(flatten_model(model), _track): call(model, *_one_sample(xb))
     return rows
 
 def _one_sample(xb: tuple) -> tuple:
@@ -68,11 +69,12 @@ def param_counts(
 def module_summary(
     learn: Any, # a learner, or a model
     *xb: Any,   # inputs, the samples along the first dimension
+    call: Callable[..., Any] = nn.Module.__call__, # how the model is called with them
 ) -> PrettyText: # a table
     "Layers, shapes of their outputs, parameters"
     model, bs = getattr(learn, 'model', learn), find_bs(xb)
     cells, before = [], None
-    for row in layer_info(model, *xb):
+    for row in layer_info(model, *xb, call=call):
         shape = _text(row.shape, bs)
         cells.append((row.name, row.type, '' if shape == before else shape, f'{row.params:,}' if row.params != '' else '', str(row.trainable)))
         before = shape

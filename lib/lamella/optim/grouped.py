@@ -158,7 +158,7 @@ class Optimizer:
     ) -> None:
         "Set a hyper-parameter of all groups"
         self._check_name(name)
-        for k, v in enumerate(spread(value, len(self.param_lists))): self._write(k, name, v)
+        for k, v in enumerate(spread(value, len(self.param_lists), name)): self._write(k, name, v)
 
     def _write(self, k: int, name: str, value: Any) -> None:
         key, place = self._places[name]

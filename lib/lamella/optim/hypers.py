@@ -32,6 +32,7 @@ def as_param_lists(
 def spread(
     value: Any, # a number, a list or array, or a slice
     n: int,     # how many groups
+    name: str = 'value', # what it is, for an error
 ) -> list[float]: # one value for each group
     "One value for each group: `slice(a, b)` goes from a to b by equal factors, `slice(b)` gives b to the last group and b/10 to the others"
     if isinstance(value, slice):
@@ -40,7 +41,7 @@ def spread(
     if isinstance(value, np.ndarray): value = value.tolist()
     if not is_listy(value): value = [value]
     if len(value) == 1: value = [value[0]] * n
-    if len(value) != n: raise ValueError(f'{len(value)} values were given for {n} parameter groups')
+    if len(value) != n: raise ValueError(f'{len(value)} values were given for {n} parameter groups, as {name}')
     return [v.item() if isinstance(v, np.generic) else v for v in value]
 
 # %% ../../../nbs/12_optim/01_hypers.ipynb #f5aea583
