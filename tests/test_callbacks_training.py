@@ -282,13 +282,14 @@ def test_short_epochs_and_small_pictures(tmp_path):
 
 
 def test_frozen_batch_norm(tmp_path):
-    def moved(*cbs, **kwargs) -> bool:
-        learn = make_learner(tmp_path, cbs, **kwargs)
+    def moved(*cbs, train_bn: bool = True) -> bool:
+        learn = make_learner(tmp_path, cbs, train_bn=train_bn)
         learn.freeze()
-        learn.model[0][1].requires_grad_(False) # by the user's own hand
+        learn.model[0][1].requires_grad_(False) # by hand
         with learn.no_logging(): learn.fit(1)
         return bool(learn.model[0][1].running_mean.any())
-    assert moved() and not moved(BnFreeze) and not moved(train_bn=False)
+    assert moved() and not moved(BnFreeze)
+    assert not moved(train_bn=False) # a learner with train_bn=False keeps them by itself
 
 
 def test_collected_batches(tmp_path):

@@ -1,6 +1,5 @@
 """Callbacks that were written apart work together, in any company: in one fit, in the next one, and after an interruption."""
 import json
-import random
 import warnings
 from functools import partial
 
@@ -29,7 +28,6 @@ from lamella.data.loader import DataLoader
 from lamella.data.loaders import DataLoaders
 from lamella.learner.learner import Learner
 from lamella.loop.callback import Callback
-from lamella.loop.events import EVENTS
 from lamella.metrics import accuracy
 from lamella.nets.groups import params
 from lamella.optim.optimizer import QHAdam, Adam, Adan, Lamb, ranger
@@ -94,7 +92,7 @@ def traces(learn):
                 grads=[p.grad for p in learn.model.parameters()], loss=learn.loss_func, reduction=learn.loss_func.reduction)
 
 
-@settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(chosen=st.sets(st.sampled_from(sorted(CALLBACKS)), max_size=8), fit=st.sampled_from(sorted(FITS)), bits=st.sampled_from(['fp32', 'bf16', 'fp16']), compiled=st.booleans(), search=st.booleans())
 def test_any_callbacks_in_one_fit_and_the_next(tmp_path, chosen, fit, bits, compiled, search):
     compiled = compiled and 'blocks' not in chosen
@@ -159,11 +157,13 @@ def resumed(path, fit, cbs=(), at=(), adjust=lambda learn: learn, **kwargs):
     "Run a fit whole, and run it with interruptions; what both end with"
     def run(folder, *more):
         learn = adjust(make_learner(folder, [*cbs, *more], **kwargs))
-        quietly(learn, FITS[fit] if isinstance(fit, str) else fit, checkpoint=Checkpoint(folder/'run', n_batches=1))
+        quietly(learn, FITS[fit] if isinstance(fit, str) else fit, checkpoint=Checkpoint(folder/'run', n_batches=1, keep=1))
         return outcome(learn), files(folder)
-    whole = run(path/'whole')
+    whole, interrupted = run(path/'whole'), False
     for k in at:
-        with pytest.raises(KeyboardInterrupt): run(path/'killed', partial(Interrupt, k))
+        try: run(path/'killed', partial(Interrupt, k))
+        except KeyboardInterrupt: interrupted = True
+    assert interrupted
     return whole, run(path/'killed')
 
 
@@ -174,34 +174,72 @@ def differences(a, b, where=''):
 
 
 CASES = {
-    'nothing': ('one cycle', [], {}),
-    'average': ('one cycle', ['average'], {}),
-    'best': ('fine_tune', ['best', 'average'], {}),
-    'best of epochs': ('fit', ['best', 'stopping', 'plateau'], {}),
-    'accumulation': ('one cycle', ['accumulation', 'clip', 'average'], {}),
-    'fp16': ('one cycle', ['accumulation', 'clip'], dict(adjust=lambda learn: learn.to_fp16(growth_interval=2, init_scale=2.**20))),
-    'bf16': ('one cycle', ['mixup'], dict(adjust=lambda learn: learn.to_bf16())),
-    'mixing': ('flat', ['both', 'nan'], {}),
-    'cutting': ('restarts', ['cutmix'], {}),
-    'short': ('one cycle', ['short', 'accumulation'], {}),
-    'parts': ('one cycle', ['parts', 'blocks'], {}),
-    'files': ('one cycle', ['csv', 'json'], {}),
-    'files of phases': ('fine_tune', ['csv', 'json', 'best'], {}),
-    'milestones': ('milestones', ['best', 'norms'], {}),
-    'freezing': ('freeze', ['stopping', 'accumulation'], {}),
-    'ranger': ('flat', [], dict(opt_func=ranger)),
-    'lamb': ('fit', ['clip'], dict(opt_func=Lamb)),
-    'adan': ('one cycle', [], dict(opt_func=Adan)),
-    'qhadam': ('restarts', [], dict(opt_func=QHAdam)),
-    'decoupled': ('one cycle', ['plateau'], dict(opt_func=partial(Adam, decouple_wd=False))),
-    'compiled': ('one cycle', ['average'], dict(adjust=lambda learn: learn.compile(backend='eager'))),
+    'best': ('fine_tune', ['best', 'average', 'json'], (9, 2), {}),
+    'best of epochs': ('fit', ['best', 'stopping', 'plateau', 'csv'], (6, 8), dict(opt_func=Lamb)),
+    'accumulation': ('one cycle', ['accumulation', 'clip', 'average'], (3, 6), {}),
+    'fp16': ('one cycle', ['accumulation', 'clip'], (13, 6), dict(adjust=lambda learn: learn.to_fp16(growth_interval=2, init_scale=2.**20))),
+    'bf16': ('one cycle', ['mixup'], (4, 5), dict(adjust=lambda learn: learn.to_bf16())),
+    'mixing': ('flat', ['both', 'nan'], (8, 3), dict(opt_func=ranger)),
+    'cutting': ('restarts', ['cutmix'], (2, 9), dict(opt_func=QHAdam)),
+    'short': ('one cycle', ['short', 'accumulation'], (2, 4), {}),
+    'parts': ('one cycle', ['parts', 'blocks'], (4, 2), dict(opt_func=Adan)),
+    'files': ('one cycle', ['csv', 'json'], (5, 2), {}),
+    'milestones': ('milestones', ['best', 'norms'], (9, 20), {}),
+    'freezing': ('freeze', ['stopping', 'accumulation'], (13, 13), {}),
+    'compiled': ('one cycle', ['average', 'plateau'], (1, 10), dict(adjust=lambda learn: learn.compile(backend='eager'), opt_func=partial(Adam, decouple_wd=False))),
 }
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_interrupted_fits_end_as_the_whole_one(tmp_path, name):
-    fit, cbs, options = CASES[name]
-    draw = random.Random(name)
-    at = [draw.randint(1, 6), draw.randint(2, 4)] # twice: the second time after a resume
+    "Interrupted twice, the second time after having gone on; where the second one comes too late, the fit is done, and the same script finds that"
+    fit, cbs, at, options = CASES[name]
     whole, again = resumed(tmp_path, fit, [CALLBACKS[o] for o in cbs], at, **options)
-    assert not differences(whole, again), at
+    assert not differences(whole, again)
+
+
+# ---- orders
+
+class Norms(Callback):
+    "The norm of all gradients, between unscaling and clipping, and before the step"
+    def __init__(self, order): self.order, self.seen = order, []
+    def before_step(self): self.seen.append(torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm().item())
+
+
+def test_clipping_sees_whole_gradients_without_scale(tmp_path):
+    seen = {}
+    for bits in ('fp32', 'fp16'):
+        before, after = Norms(10.5), Norms(12)
+        learn = make_learner(tmp_path)
+        learn.model[1][2].p = 0.
+        if bits == 'fp16': learn.to_fp16(init_scale=2.**10)
+        quietly(learn, lambda learn: learn.fit(1, 1e-4, cbs=[GradientAccumulation(16), GradientClip(0.05), before, after]))
+        seen[bits] = before.seen
+        assert len(before.seen) == 3 and min(before.seen) > 0.05 and max(after.seen) <= 0.0501 # 16, 16 and 4 samples
+    assert torch.allclose(*map(torch.tensor, seen.values()), rtol=0.05)
+
+
+def test_average_counts_steps_that_were_made(tmp_path):
+    "Neither micro-batches nor steps that float16 left out"
+    average = EMACallback(0.9)
+    learn = make_learner(tmp_path).to_fp16(init_scale=2.**26)
+    quietly(learn, lambda learn: learn.fit(12, 1e-3, cbs=[GradientAccumulation(16), average]))
+    skipped = learn.mixed_precision.skipped_steps
+    assert skipped > 2 and average.steps == 12 * 3 - skipped > 2
+
+
+# ---- an error is seen, and forgotten
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    "At each event of a batch; the next fit works"
+    for place in ('before_batch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch', 'before_validate', 'after_epoch'):
+        learn = make_learner(tmp_path, [CALLBACKS[o] for o in ('accumulation', 'average', 'mixup', 'parts', 'blocks', 'best', 'csv', 'json')]).to_bf16()
+        learn.fit(0)
+        before = traces(learn)
+        def fail(self): raise ZeroDivisionError(place)
+        with pytest.raises(ZeroDivisionError, match=place): quietly(learn, FITS['fit'], cbs=type('Fail', (Callback,), {'order': 250, place: fail})())
+        after = traces(learn)
+        for name in ('attributes', 'hooks', 'now', 'cbs', 'logger', 'autocast', 'loss', 'reduction'): assert after[name] == before[name], (place, name)
+        assert [o[:4] for o in after['modules']] == [o[:4] for o in before['modules']]
+        quietly(learn, FITS['fit'])
+        assert {k: v for k, v in traces(learn).items() if k != 'modules'} == {k: v for k, v in before.items() if k != 'modules'}

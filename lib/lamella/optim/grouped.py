@@ -175,8 +175,6 @@ class Optimizer:
         "Set several hyper-parameters"
         for name, value in hypers.items(): self.set_hyper(name, value)
 
-    # ---- steps
-
     def step(self,
         closure: Any = None, # for classes that need to compute the loss several times
     ) -> Any:                # the loss of `closure`
@@ -200,8 +198,6 @@ class Optimizer:
         if not set_to_none: return self.opt.zero_grad(set_to_none=False)
         for group in self.opt.param_groups:
             for p in group['params']: p.grad = None
-
-    # ---- states
 
     @property
     def state(self) -> dict: # by parameter

@@ -17,31 +17,32 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'ParallelTrainer', 'FineTuning', 'GatherPredsCallback', 'GradientCheckpointing', 'GradientClip',
            'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide',
            'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger',
-           'TerminateOnNaNCallback', 'ReduceLROnPlateau', 'AMPMode', 'ChannelsLast', 'MixedPrecision', 'to_float',
-           'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize', 'ModelResetter', 'RNNCallback',
-           'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback',
-           'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model',
-           'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup', 'TransformBlock',
-           'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller', 'parent_label',
-           'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize',
-           'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError', 'Pipeline', 'FileGetter',
-           'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter',
-           'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter',
-           'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only', 'ItemTransform',
-           'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat',
-           'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError', 'Predictor', 'load_learner',
-           'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'register_strategy', 'Callback',
-           'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
-           'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Logger', 'LoggerCallback', 'OwnLoss',
-           'Recorder', 'reduce_loss', 'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat',
-           'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss', 'FocalLossFlat', 'HuberLossFlat',
-           'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat',
-           'SmoothL1LossFlat', 'AccumMetric', 'ActivationType', 'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric',
-           'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore', 'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric',
-           'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti', 'HammingLoss',
-           'HammingLossMulti', 'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric',
-           'LossMetrics', 'MatthewsCorrCoef', 'MatthewsCorrCoefMulti', 'Metric', 'PearsonCorrCoef', 'Perplexity',
-           'Precision', 'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc', 'RocAucBinary', 'RocAucMulti',
+           'TerminateOnNaNCallback', 'ReduceLROnPlateau', 'FetchPredsCallback', 'MCDropoutCallback', 'AMPMode',
+           'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize',
+           'ModelResetter', 'RNNCallback', 'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback',
+           'EarlyStoppingCallback', 'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger',
+           'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock',
+           'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter',
+           'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL',
+           'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError',
+           'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter',
+           'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter',
+           'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only',
+           'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory',
+           'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError', 'Predictor',
+           'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner',
+           'register_strategy', 'load_model', 'save_model', 'Callback', 'before_batch_cb', 'CancelBackwardException',
+           'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException',
+           'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder',
+           'reduce_loss', 'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss',
+           'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss', 'FocalLossFlat', 'HuberLossFlat', 'L1LossFlat',
+           'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat',
+           'AccumMetric', 'ActivationType', 'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss',
+           'BalancedAccuracy', 'BrierScore', 'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric', 'Dice', 'DiceMulti',
+           'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti', 'HammingLoss', 'HammingLossMulti',
+           'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric', 'LossMetrics',
+           'MatthewsCorrCoef', 'MatthewsCorrCoefMulti', 'Metric', 'PearsonCorrCoef', 'Perplexity', 'Precision',
+           'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc', 'RocAucBinary', 'RocAucMulti',
            'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy', 'accuracy_multi',
            'error_rate', 'exp_rmspe', 'foreground_acc', 'mae', 'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric',
            'perplexity', 'rmse', 'skm_to_fastai', 'top_k_accuracy', 'create_body', 'create_head', 'default_split',
@@ -112,6 +113,7 @@ from ..callbacks.mixup import CutMix, CutMixUp, MixHandler, MixUp
 from ..callbacks.mlflow import MLflowCallback, MLflowLogger
 from ..callbacks.nan import TerminateOnNaNCallback
 from ..callbacks.plateau import ReduceLROnPlateau
+from ..callbacks.preds import FetchPredsCallback, MCDropoutCallback
 from ..callbacks.precision import AMPMode, ChannelsLast, MixedPrecision, to_float
 from ..callbacks.progress import ProgressCallback, ShowGraphCallback
 from ..callbacks.resizing import ProgressiveResize
@@ -142,9 +144,10 @@ from ..interpret import ClassificationInterpretation, Interpretation
 from ..learner.inference import Prediction
 from ..learner.learner import Learner
 from ..learner.strategies import register_strategy
-from ..loop.callback import Callback
+from ..learner.saving import load_model, save_model
+from ..loop.callback import Callback, before_batch_cb
 from ..loop.events import (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
-    CancelValidException)
+    CancelValidException, event)
 from ..loop.loggers import Logger, LoggerCallback
 from ..loop.named import OwnLoss
 from ..loop.recorder import Recorder
@@ -204,18 +207,19 @@ _all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warning
     'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer', 'ParallelTrainer', 'FineTuning', 'GatherPredsCallback',
     'GradientCheckpointing', 'GradientClip', 'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide',
     'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger', 'TerminateOnNaNCallback', 'ReduceLROnPlateau',
-    'AMPMode', 'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize', 'ModelResetter', 'RNNCallback',
-    'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback', 'TensorBoardCallback', 'TensorBoardLogger',
-    'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup',
-    'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader',
-    'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError',
-    'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter',
-    'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists',
-    'ThirdParty', 'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat',
-    'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation',
-    'Interpretation', 'Prediction', 'Learner', 'register_strategy', 'Callback', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException',
-    'CancelFitException', 'CancelStepException', 'CancelTrainException', 'CancelValidException', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder',
-    'reduce_loss', 'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss',
+    'FetchPredsCallback', 'MCDropoutCallback', 'AMPMode', 'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback', 'ShowGraphCallback',
+    'ProgressiveResize', 'ModelResetter', 'RNNCallback', 'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback',
+    'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap',
+    'RegressionBlock', 'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller',
+    'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize',
+    'MultiCategoryBlock', 'OneHotEncode', 'DataError', 'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions',
+    'ColSplitter', 'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter',
+    'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category',
+    'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError',
+    'Predictor', 'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'register_strategy', 'load_model',
+    'save_model', 'Callback', 'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
+    'CancelStepException', 'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder', 'reduce_loss',
+    'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss',
     'FocalLossFlat', 'HuberLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat',
     'AccumMetric', 'ActivationType', 'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore',
     'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric', 'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti',
