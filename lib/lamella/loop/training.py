@@ -243,7 +243,10 @@ class TrainingLoop(Listening):
         self.n_iter, self._n_inp = self._length(self.dl), getattr(self.dls, 'n_inp', None)
         done = self._go_on() if self.training and self._state is not None else 0
         device = None if getattr(self.dl, 'device', None) is not None else getattr(self.dls, 'device', None)
-        for self.iter, batch in enumerate(self.dl, done): self.one_batch(batch if device is None else to_device(batch, device))
+        for self.iter, batch in enumerate(self.dl, done):
+            if device is not None and (moved := to_device(batch, device)) is not batch: batch = moved
+            else: device = None # this loader's batches come where they belong
+            self.one_batch(batch)
         if self.training: self._end_of_epoch()
 
     def _length(self, dl: Any) -> int:
@@ -265,4 +268,5 @@ class TrainingLoop(Listening):
             except cancel: self.fire(f'after_cancel_{name}')
             self.fire(f'after_{name}')
         finally: self._clean_up(name)
+
 
