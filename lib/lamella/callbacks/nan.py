@@ -64,6 +64,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 class TerminateOnNaNCallback(Callback):
     "Stops the fit at a loss that is NaN or infinite, and warns with the step, the learning rate and the first module that was not finite"
     order, fit_only = 90, True
+    watches_nan = True # the recorder says nothing then
 
     def __init__(self,
         every: int | None = None, # look every so many steps; each step on the CPU and every 10 on a GPU if not given

@@ -74,7 +74,7 @@ class Recorder(Callback):
     def _say_nan(self) -> None:
         "Once a fit: from which step on the loss is no number"
         self._said_nan = True
-        if self.learn.searching: return
+        if self.learn.searching or any(getattr(cb, 'watches_nan', False) for cb in self.cbs): return
         step = next(k for k, value in enumerate(self._raw) if not math.isfinite(value))
         epoch = sum(step >= end for end in self.iters)
         batch = step - (self.iters[epoch - 1] if epoch else 0)
