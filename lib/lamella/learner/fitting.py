@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..base.allocator import keeping_memory
 from ..base.nested import as_list
 from ..base.registry import checked_keywords
 from ..callbacks.lr_find import LRFinder, Snapshot, as_suggestions, plot_lr_find, valley
@@ -102,7 +103,7 @@ class Fitting(Resuming):
     ) -> None:
         "Train with a constant learning rate"
         _check_epochs(n_epoch)
-        with self.added_cbs(cbs):
+        with self.added_cbs(cbs), keeping_memory(self.dls.device):
             self._ready(lr, wd, reset_opt)
             if checkpoint is None: self.run_epochs(n_epoch, start_epoch)
             else: self.run_with_checkpoint(checkpoint, n_epoch, start_epoch)
