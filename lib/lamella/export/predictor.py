@@ -82,6 +82,7 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
     objects = _objects(members, trust)
     model = _build_model(spec['model'], objects)
     _load_weights(model, members['weights.safetensors'])
+    if spec.get('channels_last') is True: model.to(memory_format=torch.channels_last)
     p = spec['pipeline']
     parts = {name: rebuild(p[name], objects) for name in ('inputs', 'targets', 'item_tfms', 'batch_tfms', 'item_kind')}
     predictor = Predictor(model, InferencePipeline(**parts), rebuild(spec['output'], objects), None)

@@ -24,7 +24,7 @@ from ..data.transform import Transform
 from .fitting import Fitting
 from ..losses import output_of_loss
 from ..optim.grouped import Optimizer
-from ..nets.weights import load_weights
+from ..nets.weights import has_channels_last, load_weights
 
 # %% auto #0
 __all__ = ['describe_pipeline', 'describe_model', 'tensors_to_save', 'save_model', 'load_model', 'Saving']
@@ -151,7 +151,7 @@ class Saving(Fitting):
         if not is_main_process(): return self.path/fname
         objects: list[Any] = []
         pipeline = InferencePipeline.from_loader(self.dls.valid if self.dls.valid is not None else self.dls.train)
-        spec = {'format': 'lamella', 'version': FORMAT_VERSION, 'libraries': _versions(), 'model': describe_model(self.model, objects),
+        spec = {'format': 'lamella', 'version': FORMAT_VERSION, 'libraries': _versions(), 'model': describe_model(self.model, objects), 'channels_last': has_channels_last(self.model),
                 'output': describe(output_of_loss(self.loss_func), objects), 'pipeline': describe_pipeline(pipeline, objects)}
         members = {'spec.json': json.dumps(spec, indent=1, allow_nan=False).encode(), 'weights.safetensors': tensors_to_save(self.model.state_dict())}
         if objects:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['read_state_dict', 'LoadReport', 'load_weights']
+__all__ = ['read_state_dict', 'LoadReport', 'load_weights', 'has_channels_last', 'set_channels_last']
 
 # %% ../../../nbs/11_nets/03_weights.ipynb #689e6fc4
 _WRAPPERS = ('state_dict', 'model', 'model_state_dict', 'module', 'net')
@@ -77,3 +77,19 @@ def load_weights(
     surprising = [o for o in report.missing + report.unexpected + report.mismatched if not o.startswith(ignore or ('\0',)) and not o.endswith('num_batches_tracked')]
     if surprising and not quiet: warnings.warn(f'weights from {_title(source)}: {report}', stacklevel=2)
     return report
+
+# %% ../../../nbs/11_nets/03_weights.ipynb #76626eeb
+def has_channels_last(
+    model: nn.Module, # any
+) -> bool:            # `False` if it has no convolution whose order could be told
+    "Are the weights of the model's convolutions in memory with their channels last?"
+    kernels = (p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous())
+    return any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+def set_channels_last(
+    model: nn.Module,                  # changed in place
+    device: torch.device | str | None, # where it is computed
+) -> nn.Module:                        # the same
+    "Channels last in memory where that is quicker whatever the precision: on a CPU"
+    if device is not None and torch.device(device).type == 'cpu': model.to(memory_format=torch.channels_last)
+    return model

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..base.registry import checked_keywords
 from ..learner.learner import Learner
+from ..nets.weights import set_channels_last
 from ..optim.optimizer import Adam
 from .batch import Normalize
 from .nets import create_vision_model, stats_of, vision_splitter
@@ -59,6 +60,7 @@ def vision_learner(
     if normalize and has_weights: add_normalization(dls, arch, n_in)
     learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
     if has_weights: learn.freeze()
+    set_channels_last(model, dls.device)
     return learn
 
 def _outputs(dls: Any, n_out: int | None) -> int:
