@@ -15,8 +15,8 @@ from torch.nn.functional import softplus
 __all__ = ['TwoAverages', 'QuasiHyperbolicAdam', 'SoftRAdam', 'LayerwiseSGD']
 
 # %% ../../../nbs/12_optim/03_own.ipynb #507ed001
-class TwoAverages(torch.optim.Optimizer):
-    "Averages of the gradients and of their squares; a subclass says in `update` what a step makes of them"
+class _InGroups(torch.optim.Optimizer):
+    "A step of each group's parameters that have a gradient; a subclass says in `_update` what it is"
     @torch.no_grad()
     def step(self,
         closure: Any = None, # computes the loss again
@@ -26,20 +26,27 @@ class TwoAverages(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         for group in self.param_groups:
-            for step, params in self._by_step(group['params']).items(): self._update(group, step, params)
+            params = [p for p in group['params'] if p.grad is not None]
+            if params: self._update(group, params)
         return loss
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None: raise NotImplementedError
+
+class TwoAverages(_InGroups):
+    "Averages of the gradients and of their squares; a subclass says in `update` what a step makes of them"
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for step, same in self._by_step(params).items(): self._update_step(group, step, same)
 
     def _by_step(self, params: list[Tensor]) -> dict[int, list[Tensor]]:
         found = defaultdict(list)
         for p in params:
-            if p.grad is None: continue
             state = self.state[p]
             if 'step' not in state: state |= {'step': 0, 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
             state['step'] += 1
             found[state['step']].append(p)
         return found
 
-    def _update(self, group: dict[str, Any], step: int, params: list[Tensor]) -> None:
+    def _update_step(self, group: dict[str, Any], step: int, params: list[Tensor]) -> None:
         grads, (beta1, beta2) = [p.grad for p in params], group['betas']
         if group['weight_decay']: grads = torch._foreach_add(grads, params, alpha=group['weight_decay'])
         avgs, sqrs = ([self.state[p][name] for p in params] for name in ('exp_avg', 'exp_avg_sq'))
@@ -106,7 +113,7 @@ class SoftRAdam(TwoAverages):
         torch._foreach_addcdiv_(params, avgs, [softplus(o, group['beta']) for o in bottom], -lr * rectified)
 
 # %% ../../../nbs/12_optim/03_own.ipynb #ae5000f5
-class LayerwiseSGD(torch.optim.Optimizer):
+class LayerwiseSGD(_InGroups):
     "SGD whose rate is, for each tensor, multiplied with `trust_coeff` * size of weights / size of gradient (You et al., 2017, arXiv:1708.03888)"
     def __init__(self,
         params: Any,                # parameters, or groups of them
@@ -117,19 +124,6 @@ class LayerwiseSGD(torch.optim.Optimizer):
         eps: float = 1e-8,          # added to the divisor
         weight_decay: float = 0.,   # added to the gradient, and to the divisor
     ): super().__init__(params, dict(lr=lr, momentum=momentum, trust_coeff=trust_coeff, clip=clip, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self,
-        closure: Any = None, # computes the loss again
-    ) -> Any:                # the loss of `closure`
-        "Update the parameters from their gradients"
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group['params'] if p.grad is not None]
-            if params: self._update(group, params)
-        return loss
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads, decay = [p.grad for p in params], group['weight_decay']
