@@ -5,6 +5,7 @@
 # %% ../../../nbs/30_callbacks/03_gather.ipynb #0ae2f19b
 from __future__ import annotations
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,16 @@ class GatherPredsCallback(Callback):
         save_preds: str | os.PathLike | None = None, # folder for the predictions of each batch, one file a batch ('0', '1', ...)
         save_targs: str | os.PathLike | None = None, # folder for the targets of each batch
         concat_dim: int | None = 0, # dimension along which batches are joined; `None`: a list of batches
+        decode: Callable[[Any], Any] | None = None, # makes decisions of the predictions of a batch, which are kept, too
     ):
+        self.decode = decode
         self.with_input, self.with_loss, self.with_preds, self.with_targs, self.concat_dim = with_input, with_loss, with_preds, with_targs, concat_dim
         self.save_preds, self.save_targs = (None if o is None else Path(o) for o in (save_preds, save_targs))
 
     def before_validate(self) -> None:
         self.inputs: list[Any] = []
         self.preds: list[Any] = []
+        self.decoded: list[Any] = []
         self.targets: list[Any] = []
         self.losses: list[torch.Tensor] = []
         for folder in (self.save_preds, self.save_targs):
@@ -44,6 +48,7 @@ class GatherPredsCallback(Callback):
 
     def after_batch(self) -> None:
         if self.with_input: self.inputs.append(to_detach(self.xb))
+        if self.decode is not None: self.decoded.append(to_detach(self.decode(self.pred)))
         if self.with_preds or self.save_preds: self._take(to_detach(self.pred), self.preds if self.with_preds else None, self.save_preds)
         if self.yb and (self.with_targs or self.save_targs): self._take(to_detach(self.y), self.targets if self.with_targs else None, self.save_targs)
         if self.with_loss and self.loss is not None: self.losses.append(to_detach(self.loss).reshape(find_bs(self.yb), -1).mean(1))
@@ -52,10 +57,10 @@ class GatherPredsCallback(Callback):
         if kept is not None: kept.append(values)
         if folder is not None and is_main_process(): torch.save(values, folder/str(self.iter))
 
-    def gathered(self) -> dict[str, Any]: # 'inputs', 'preds', 'targets', 'losses'; `None` for what there is none of
+    def gathered(self) -> dict[str, Any]: # 'inputs', 'preds', 'decoded', 'targets', 'losses'; `None` for what there is none of
         "Everything of all batches, joined"
         join = (lambda values: values) if self.concat_dim is None else (lambda values: to_concat(values, self.concat_dim))
-        kept = {'inputs': self.inputs, 'preds': self.preds, 'targets': self.targets, 'losses': self.losses}
+        kept = {'inputs': self.inputs, 'preds': self.preds, 'decoded': self.decoded, 'targets': self.targets, 'losses': self.losses}
         joined = {name: join(values) if values else None for name, values in kept.items()}
         if isinstance(joined['inputs'], tuple) and len(joined['inputs']) == 1: joined['inputs'] = joined['inputs'][0]
         return joined

@@ -65,7 +65,7 @@ class Predicting(Fitting):
         ds_idx: int = 1,                        # which of the loaders
         dl: Any = None,                         # another loader, such as one of `dls.test_dl`
         with_input: bool = False,               # the inputs, too
-        with_decoded: bool = False,             # the decisions, too
+        with_decoded: bool = False,             # the decisions, too; without `with_preds` each batch becomes decisions at once
         with_loss: bool = False,                # the loss of each sample, too
         act: Callable[[torch.Tensor], torch.Tensor] | None = None, # in place of the activation of the loss
         inner: bool = False,                    # fastai's way to say that it is called within a fit, which is found out here
@@ -80,18 +80,24 @@ class Predicting(Fitting):
         "Predictions and targets of a loader: one for each sample of its dataset, in their order, whatever `n` or weights say; an item that cannot be read is an error here"
         given = self._loader(ds_idx, dl)
         dl = self._in_order(given, all_items=True) if reorder else given.new(drop_last=False) if getattr(given, 'drop_last', False) else given
-        gather = GatherPredsCallback(with_input, with_loss, with_preds, with_targs, save_preds, save_targs, concat_dim)
+        decode = self._decider(act) if with_decoded and not with_preds else None # batch by batch: the predictions may be too large to be kept
+        gather = GatherPredsCallback(with_input, with_loss, with_preds, with_targs, save_preds, save_targs, concat_dim, decode)
         with self.added_cbs([*as_list(cbs), gather]), self.removed_cbs(Recorder), self.no_bar(), _hint_of_bad_items(given):
             with self.loss_not_reduced() if with_loss else nullcontext(): self._pass_over(dl)
         return self._results(gather, act, with_input, with_decoded, with_loss)
 
     def _results(self, gather: GatherPredsCallback, act: Any, with_input: bool, with_decoded: bool, with_loss: bool) -> tuple:
         found, output = gather.gathered(), output_of_loss(self.loss_func)
-        use = lambda func: lambda o: None if o is None else func(o) # a model may leave something out of its output
-        preds = map_nested(use(output.activation if act is None else act), found['preds'])
+        preds = map_nested(_unless_none(output.activation if act is None else act), found['preds'])
         result = [found['inputs']] if with_input else []
-        result += [preds, found['targets']] + ([map_nested(use(output.decodes), preds)] if with_decoded else [])
+        decoded = found['decoded'] if found['decoded'] is not None else map_nested(_unless_none(output.decodes), preds) if with_decoded else None
+        result += [preds, found['targets']] + ([decoded] if with_decoded else [])
         return tuple(result + ([found['losses']] if with_loss else []))
+
+    def _decider(self, act: Any) -> Callable[[Any], Any]:
+        "From what the model returns to decisions"
+        output = output_of_loss(self.loss_func)
+        return lambda preds: map_nested(_unless_none(lambda o: output.decodes((output.activation if act is None else act)(o))), preds)
 
     def _in_order(self, dl: Any, all_items: bool = False) -> Any:
         "A loader of lamella, without shuffling; with all samples of its dataset where each is to have its prediction"
@@ -150,13 +156,13 @@ class Predicting(Fitting):
         decisions, n_inp = self._decisions(batch), len(self.split_batch_of(batch)[0])
         truth = dl.decode_batch(batch, max_n=find_bs(batch))
         guess = dl.decode_batch(batch[:n_inp] + decisions, max_n=find_bs(batch))
-        beside = any(getattr(o, 'is_picture', False) for o in truth[0][n_inp:]) # one on top of the other could not be told apart
-        if beside: kwargs = {'ncols': 2 if len(truth) == 1 else 4, **kwargs}
-        ctxs = truth[0][0].contexts(len(truth) * (1 + beside), **kwargs) if hasattr(truth[0][0], 'contexts') else [None] * len(truth) * 2
+        each = _places(truth[0][n_inp:])
+        if each > 1: kwargs = {'ncols': 2 * each if each == 2 and len(truth) > 1 else each, **kwargs}
+        ctxs = truth[0][0].contexts(len(truth) * each, **kwargs) if hasattr(truth[0][0], 'contexts') else [None] * len(truth) * each
         for k, (true, predicted) in enumerate(zip(truth, guess)):
-            title = titles[k] if titles else None
-            if beside: _show_beside(true, predicted, ctxs[2 * k:2 * k + 2], title)
-            else: _show_pair(true, predicted, n_inp, ctxs[k], title)
+            title, places = titles[k] if titles else None, ctxs[each * k:each * (k + 1)]
+            if each == 1: _show_pair(true, predicted, n_inp, places[0], title)
+            else: _show_beside({'input': true[:n_inp], 'target': true[n_inp:], 'prediction': predicted[n_inp:]} if each == 3 else {'target': true, 'prediction': predicted}, places, title)
 
     def split_batch_of(self,
         batch: tuple, # inputs and targets
@@ -171,6 +177,10 @@ class Predicting(Fitting):
         self.model.to(self.dls.device)
         with evaluating(self.inference_model()) as model: pred = model(*to_device(self.split_batch_of(batch)[0], self.dls.device))
         return tuple(as_list(map_nested(lambda o: output.decodes(output.activation(o)), pred)))
+
+def _unless_none(func: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    "A model may leave something out of its output"
+    return lambda o: None if o is None else func(o)
 
 @contextmanager
 def _hint_of_bad_items(dl: Any) -> Iterator[None]:
@@ -194,9 +204,13 @@ class _Unreduced:
         self.learn.loss_func = self.before
         if hasattr(self, 'reduction'): self.before.reduction = self.reduction
 
-def _show_beside(true: tuple, predicted: tuple, ctxs: list, title: str | None) -> None:
-    "Show a sample with its targets, and beside it the same with what was predicted"
-    for values, ctx, said in ((true, ctxs[0], 'target'), (predicted, ctxs[1], 'prediction')):
+def _places(targets: tuple) -> int:
+    "How many pictures a sample takes: one; two if target and prediction could not be told apart one on top of the other; three if they would hide the input, too"
+    return 3 if any(getattr(o, 'stands_alone', False) for o in targets) else 2 if any(getattr(o, 'is_picture', False) for o in targets) else 1
+
+def _show_beside(shown: dict[str, tuple], ctxs: list, title: str | None) -> None:
+    "Show the same sample several times, with the target, and with what was predicted"
+    for (said, values), ctx in zip(shown.items(), ctxs):
         for value in values:
             if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
         if hasattr(ctx, 'set_title'): ctx.set_title(f'{said}\n{title}' if title is not None else said)

@@ -23,6 +23,7 @@ from ..data.sources import get_image_files
 from ..data.splitters import GrandparentSplitter, MaskSplitter, RandomSplitter, Splitter
 from .batch import IntToFloatTensor
 from .boxes import BBoxLabeler, CategorizeBoxes, LostBoxes, bb_pad
+from .masks import MaskOfColors, MaskSources, read_codes
 from .points import TensorBBox
 from .targets import AddMaskCodes, PointScaler, PointSetup, SameSize
 from .ready import JoinedDatasets, ready_fields
@@ -45,11 +46,13 @@ def ImageBlock(
 
 # %% ../../../nbs/60_vision/16_data.ipynb #a6086330
 def MaskBlock(
-    codes: Sequence[Any] | None = None,         # names of the classes, in the order of their numbers
+    codes: Any = None,                          # names of the classes, in the order of their numbers; a text file with them; for masks in colours: {name: (red, green, blue)}
     ignore: int | Sequence[int] | None = None,  # numbers of pixels without a class; they become 255, and the loss leaves them out
 ) -> TransformBlock:                            # a block whose field is a mask
     "A class for each pixel of an image"
-    return TransformBlock(type_tfms=[PILMask.create, AddMaskCodes(codes, ignore)], item_tfms=[SameSize, ToTensor], batch_tfms=IntToFloatTensor)
+    codes = read_codes(codes)
+    opened = MaskOfColors(codes) if isinstance(codes, dict) else PILMask.create
+    return TransformBlock(type_tfms=[opened, AddMaskCodes(None if codes is None else list(codes), ignore)], item_tfms=[SameSize, ToTensor], batch_tfms=IntToFloatTensor)
 
 def PointBlock() -> TransformBlock: # a block whose field is points
     "Points in an image, as many in each"
@@ -270,7 +273,7 @@ class ImageDataLoaders(DataLoaders):
         made = block.dataloaders(source, path=path, **kwargs)
         return cls(*made.loaders, path=made.path, device=made.device)
 
-class SegmentationDataLoaders(ImageDataLoaders):
+class SegmentationDataLoaders(MaskSources, ImageDataLoaders):
     "Loaders of pictures and their masks"
     @classmethod
     def from_label_func(cls,
@@ -279,11 +282,13 @@ class SegmentationDataLoaders(ImageDataLoaders):
         label_func: Callable[[Any], Any],    # from a path to that of the mask
         valid_pct: float = 0.2,              # share for validation, at random
         seed: int | None = None,             # decides the split, the order and the randomness
-        codes: Sequence[Any] | None = None,  # names of the classes, in the order of their numbers
+        codes: Any = None,                   # the classes, as `MaskBlock` takes them
         item_tfms: Any = None,               # transforms of an image, in a worker
         batch_tfms: Any = None,              # transforms of a batch, on the device
         img_cls: type[PILBase] = PILImage,   # `PILImage` or `PILImageBW`
+        ignore: Any = None,                  # numbers of pixels without a class
+        splitter: Splitter | None = None,    # in place of a random split
         **kwargs: Any,                       # other arguments of `DataBlock.dataloaders`
     ) -> SegmentationDataLoaders:            # training and validation
         "Images and the masks that a function finds for them"
-        return cls._made(path, fnames, img_cls, MaskBlock(codes), _splitter(valid_pct, seed), item_tfms, batch_tfms, dict(kwargs, seed=seed), get_y=label_func)
+        return cls._made(path, fnames, img_cls, MaskBlock(codes, ignore), splitter or _splitter(valid_pct, seed), item_tfms, batch_tfms, dict(kwargs, seed=seed), get_y=label_func)

@@ -23,8 +23,8 @@ BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 Box = tuple[float, float, float, float]
 
 # %% auto #0
-__all__ = ['BILINEAR', 'NEAREST', 'Box', 'to_mode', 'to_mask', 'to_image', 'open_image', 'explain_damage', 'decode_jpeg',
-           'PlainJpeg', 'plain_jpeg', 'to_pixels', 'resize_tensor', 'read_array']
+__all__ = ['BILINEAR', 'NEAREST', 'Box', 'to_mode', 'WrongMask', 'to_mask', 'to_image', 'open_image', 'explain_damage',
+           'decode_jpeg', 'PlainJpeg', 'plain_jpeg', 'to_pixels', 'resize_tensor', 'read_array']
 
 # %% ../../../nbs/60_vision/00_decoding.ipynb #41110634
 def _is_deep(im: Image.Image) -> bool:
@@ -41,16 +41,28 @@ def to_mode(
     if im.mode == 'P' and 'transparency' in im.info: im = im.convert('RGBA')
     return im.convert(mode)
 
+class WrongMask(ValueError):
+    "A mask whose numbers cannot be those of classes"
+
 def to_mask(
     im: Image.Image, # any image
     mode: str | None = 'L', # as it is if not given
 ) -> Image.Image:    # the image in that mode, with the same numbers
-    "Convert a mask, keeping the number of each class: a palette is dropped"
+    "Convert a mask, keeping the number of each class: a palette is dropped, colours are an error"
     if im.mode == 'P' and mode == 'L': return Image.fromarray(np.asarray(im))
-    if not _is_deep(im) or mode is None: return im if im.mode == mode else im.convert(mode)
+    if not _is_deep(im) or mode is None: return im if im.mode == mode or mode is None else _without_colors(im).convert(mode)
     array = np.asarray(im)
-    if array.max() > 255: raise ValueError(f'a mask has classes from 0 to 255, and there is a {array.max()} in this one')
+    if array.max() > 255: raise WrongMask(f'a mask has classes from 0 to 255, and there is a {array.max()} in this one')
     return Image.fromarray(array.astype(np.uint8))
+
+def _without_colors(im: Image.Image) -> Image.Image:
+    "The first of three equal channels"
+    if len(im.getbands()) < 3: return im.getchannel(0) if im.mode == 'LA' else im
+    array = np.asarray(im.convert('RGB'))
+    colored = array[(array != array[..., :1]).any(-1)]
+    if not len(colored): return Image.fromarray(array[..., 0])
+    found = ', '.join(str(tuple(o)) for o in np.unique(colored, axis=0)[:3].tolist())
+    raise WrongMask(f'a mask has one number for each pixel, that of its class, and this one has colours, such as {found}: say which class each colour is, MaskBlock({{name: (red, green, blue), ...}})')
 
 # %% ../../../nbs/60_vision/00_decoding.ipynb #7b60e07d
 def to_image(
@@ -96,6 +108,7 @@ def explain_damage(
     source: Any,      # path of a file, or what is in it
 ) -> BaseException:   # the same error
     "Name the file that is damaged, and the way out"
+    if isinstance(error, WrongMask): return error if isinstance(source, bytes) else add_context(error, f"the mask '{source}'")
     if isinstance(source, bytes): return add_context(error, f'{len(source)} bytes that are no complete image')
     return add_context(error, f"the file '{source}' is no image that PIL can read, or it is damaged: remove it, or find all such files with verify_images(...)")
 
