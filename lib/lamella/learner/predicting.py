@@ -21,7 +21,8 @@ from ..callbacks.gather import GatherPredsCallback
 from ..data.inference import InferencePipeline
 from ..data.loader import DataLoader
 from ..data.pipeline import DataError
-from ..data.types import TensorBase
+from ..data.showing import OF_GRID
+from .comparing import Comparison
 from .inference import Inference, Prediction
 from ..loop.recorder import Recorder
 from ..losses import output_of_loss
@@ -133,30 +134,28 @@ class Predicting(Fitting):
         dl: Any = None,        # another loader
         max_n: int = 9,        # how many samples at most
         shuffle: bool = True,  # random samples, or the first ones
-        **kwargs: Any,         # passed on to `get_grid`
+        **kwargs: Any,         # `ctxs`; `figsize`, `nrows`, ... of the grid; others (`vmin`, `cmap`, ...) are those of pictures
     ) -> None:
         "Show samples with target and prediction: green where they agree, red where they do not"
-        dl = self._loader(ds_idx, dl)
-        batch = self.dls._lamellas(dl, 'show_results').new(shuffle=shuffle, drop_last=False, split_idx=1).one_batch()
+        dl = self.dls._lamellas(self._loader(ds_idx, dl), 'show_results')
+        batch = dl.new(shuffle=shuffle, drop_last=False, split_idx=1, bs=max_n).one_batch()
         self.show_predictions(dl, map_nested(lambda o: o[:max_n], batch), **kwargs)
 
     def show_predictions(self,
         dl: Any,        # the loader that the batch is of
         batch: tuple,   # as the loader gives it
         titles: list[str] | None = None, # one more line for each sample
-        **kwargs: Any,  # passed on to `get_grid`
+        ctxs: list | None = None,        # where to show them
+        **kwargs: Any,  # `figsize`, `nrows`, ... of the grid; others (`vmin`, `cmap`, ...) are those of pictures
     ) -> None:
         "Show the samples of a batch with target and prediction"
-        decisions, n_inp = self._decisions(batch), len(self.split_batch_of(batch)[0])
+        decisions, (inputs, targets) = self._decisions(batch), self.split_batch_of(batch)
+        options, n_inp = {k: kwargs.pop(k) for k in list(kwargs) if k not in OF_GRID}, len(inputs)
         truth = dl.decode_batch(batch, max_n=find_bs(batch))
         guess = dl.decode_batch(batch[:n_inp] + decisions, max_n=find_bs(batch))
-        beside = any(getattr(o, 'is_picture', False) for o in truth[0][n_inp:]) # one on top of the other could not be told apart
-        if beside: kwargs = {'ncols': 2 if len(truth) == 1 else 4, **kwargs}
-        ctxs = truth[0][0].contexts(len(truth) * (1 + beside), **kwargs) if hasattr(truth[0][0], 'contexts') else [None] * len(truth) * 2
-        for k, (true, predicted) in enumerate(zip(truth, guess)):
-            title = titles[k] if titles else None
-            if beside: _show_beside(true, predicted, ctxs[2 * k:2 * k + 2], title)
-            else: _show_pair(true, predicted, n_inp, ctxs[k], title)
+        comparison = Comparison(truth, n_inp)
+        scores = decisions[len(targets):][:1]
+        comparison.show(guess, comparison.places(ctxs, **kwargs), titles, scores[0].cpu() if scores else None, **options)
 
     def split_batch_of(self,
         batch: tuple, # inputs and targets
@@ -193,20 +192,3 @@ class _Unreduced:
     def __exit__(self, *error: Any) -> None:
         self.learn.loss_func = self.before
         if hasattr(self, 'reduction'): self.before.reduction = self.reduction
-
-def _show_beside(true: tuple, predicted: tuple, ctxs: list, title: str | None) -> None:
-    "Show a sample with its targets, and beside it the same with what was predicted"
-    for values, ctx, said in ((true, ctxs[0], 'target'), (predicted, ctxs[1], 'prediction')):
-        for value in values:
-            if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
-        if hasattr(ctx, 'set_title'): ctx.set_title(f'{said}\n{title}' if title is not None else said)
-
-def _show_pair(true: tuple, predicted: tuple, n_inp: int, ctx: Any, title: str | None) -> None:
-    "Show a sample, its targets, and what was predicted"
-    for value in true[:n_inp]:
-        if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
-    for target, guess in zip(true[n_inp:], predicted[n_inp:]):
-        color = 'green' if not isinstance(target, TensorBase) and target == guess else 'red'
-        for value, colour in ((target, 'black'), (guess, color)):
-            if hasattr(value, 'show'): ctx = value.show(ctx=ctx, color=colour)
-    if title is not None and hasattr(ctx, 'set_title'): ctx.set_title(f'{ctx.get_title()}\n{title}', color=ctx.title.get_color())
