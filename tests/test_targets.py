@@ -149,7 +149,7 @@ def test_points_follow(files):
     "The corners of the square, from -1 to 1, wherever the image was moved; and back to pixels"
     dls = loaders(files, PointBlock, get_y=corners, item_tfms=RandomResizedCrop(64, min_scale=0.6), batch_tfms=aug_transforms(max_lighting=0, pad_mode='zeros', max_warp=0.1, size=96))
     x, y = dls.one_batch()
-    assert (x.shape, y.shape, y.dtype, dls.c, dls.task) == ((4, 3, 96, 96), (4, 2, 2), torch.float32, 4, 'regression')
+    assert (x.shape, y.shape, y.dtype, dls.c, dls.task) == ((4, 3, 96, 96), (4, 2, 2), torch.float32, 4, 'points')
     for image, points in zip(x, y):
         if points.abs().max() > 0.85: continue
         white = (image.amin(0) > 0.75).nonzero().flip(-1).float() + 0.5

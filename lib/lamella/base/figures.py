@@ -5,6 +5,7 @@
 # %% ../../../nbs/00_base/06_figures.ipynb #e7f25ca4
 from __future__ import annotations
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['subplots', 'get_grid', 'as_picture', 'show_image', 'show_images']
+__all__ = ['subplots', 'get_grid', 'as_picture', 'show_image', 'show_titled_image', 'show_image_batch', 'class_legend',
+           'figure_legend', 'show_images']
 
 # %% ../../../nbs/00_base/06_figures.ipynb #d2905e0c
 def subplots(
@@ -81,6 +83,48 @@ def show_image(
     if title is not None: ax.set_title(str(title))
     ax.axis('off')
     return ax
+
+def show_titled_image(
+    o: tuple[Any, Any], # an image and its title
+    **kwargs: Any,      # passed on to `show_image`
+) -> Axes:              # the axes drawn on
+    "Draw one image under its title"
+    return show_image(o[0], title=str(o[1]), **kwargs)
+
+def show_image_batch(
+    b: tuple[Any, Any],                         # images, and as many titles
+    show: Callable[..., Any] = show_titled_image, # draws a pair (image, title) on `ax`
+    items: int = 9,                             # how many at most
+    cols: int = 3,                              # columns of the grid
+    figsize: tuple[float, float] | None = None, # inches
+    **kwargs: Any,                              # passed on to `show`
+) -> None:
+    "Draw the images of a batch with their labels"
+    pairs = list(zip(*b))[:items]
+    for pair, ax in zip(pairs, get_grid(len(pairs), ncols=min(cols, len(pairs)), figsize=figsize)): show(pair, ax=ax, **kwargs)
+
+def class_legend(
+    ctxs: Sequence[Any],   # the axes of a figure
+    names: Sequence[Any],  # of the classes, in the order of their numbers
+    cmap: str = 'tab20',   # the colour map that they are drawn with, from the first to the last
+    most: int = 24,        # with more classes, there is no legend
+) -> None:
+    "The names of classes in their colours, below a figure"
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+    if len(names) > most: return
+    colors = plt.get_cmap(cmap)([k / max(1, len(names) - 1) for k in range(len(names))])
+    figure_legend(ctxs, [Patch(facecolor=color, label=str(name)) for name, color in zip(names, colors)])
+
+def figure_legend(
+    ctxs: Sequence[Any],    # the axes of a figure
+    handles: Sequence[Any], # of matplotlib, each with a label
+) -> None:
+    "What shapes and colours mean, below a figure, once"
+    figure = ctxs[0].figure
+    if figure.legends: return
+    inches = figure.get_size_inches()[0]
+    figure.legend(handles=list(handles), loc='outside lower center', ncols=max(1, min(len(handles), int(inches / 1.2))), frameon=False, fontsize='small')
 
 def show_images(
     ims: Any,                         # several images

@@ -19,6 +19,7 @@ from ..base.seeds import derive_seed, keep_random_states, seed_all
 from .showing import Decoding, types_of, with_types
 from .failures import Failures, Tally, check_policy
 from .generators import find_generators, keep_generators, seed_generators
+from .moves import recorded_moves
 from .order import BatchPlan, Order, choose_order, replaced_arguments
 from .pipeline import Pipeline, data_error, describe_value
 from .plans import Plans, Position
@@ -57,6 +58,7 @@ def refused_keywords(
 # %% ../../../nbs/10_data/19_loader.ipynb #179307ec
 class DataLoader(Position, Decoding):
     "Batches of a dataset, transformed on the device, in an order and with a randomness that follow from one seed"
+    moves: list | None = None # takes what transforms did to the places in the pictures of each batch; nothing is kept if not given
     share: Share | None = None # the pieces of the batches that this process reads; all of them if not given
 
     @refused_keywords
@@ -204,7 +206,8 @@ class DataLoader(Position, Decoding):
 
     def _transform(self, batch: tuple, plan: BatchPlan) -> tuple:
         if self.input_types is None: self.learn_types(plan)
-        try: typed = self.after_batch(with_types(batch, self.input_types))
+        try:
+            with recorded_moves(self.moves): typed = self.after_batch(with_types(batch, self.input_types))
         except Exception as error: raise data_error(f'batch {plan.number} {describe_value(batch)}', error) from error
         self.output_types = types_of(typed)
         return map_nested(plain, typed)

@@ -14,7 +14,7 @@ import torch
 from ..base.errors import add_context, context_of, describe_value
 from ..base.nested import as_list
 from .third_party import ThirdParty, library_of
-from .transform import Transform, _keep_type
+from .transform import RandTransform, Transform, _keep_type
 
 # %% auto #0
 __all__ = ['as_transform', 'Pipeline', 'describe_failure', 'early_hint', 'DataError', 'data_error']
@@ -147,6 +147,13 @@ class Pipeline:
     def _later(self, f: Any) -> list[Transform]:
         "The transforms that come after `f`"
         return self.fs[next((k + 1 for k, o in enumerate(self.fs) if o is f), len(self.fs)):]
+
+    def exchanged(self,
+        funcs: Iterable[Any] | Any, # other transforms
+    ) -> Pipeline:                  # a new one; this one is not changed
+        "These transforms with others in place of the random ones; what is not random, such as `ToTensor` and `Normalize`, stays, unless there is another one of its class"
+        new = list(map(as_transform, as_list(funcs)))
+        return Pipeline([f for f in self.fs if not isinstance(f, RandTransform) and (type(f) is Transform or type(f) not in map(type, new))] + new, self.split_idx)
 
     def decode(self,
         x: Any, # as `__call__` returns it

@@ -15,7 +15,7 @@ from .transform import _tuple_like
 from .types import TensorBase
 
 # %% auto #0
-__all__ = ['types_of', 'with_types', 'Decoding']
+__all__ = ['OF_GRID', 'types_of', 'with_types', 'Decoding']
 
 # %% ../../../nbs/10_data/17_showing.ipynb #9db8c847
 def types_of(
@@ -51,7 +51,7 @@ def _fields(sample: Any) -> Any:
     "A sample that is a single value, or that shows itself, is its only field"
     return sample if isinstance(sample, tuple) and not hasattr(sample, 'show') else (sample,)
 
-_OF_GRID = set('nrows ncols title figsize double imsize suptitle sharex sharey squeeze width_ratios height_ratios subplot_kw gridspec_kw dpi facecolor edgecolor layout'.split())
+OF_GRID = set('nrows ncols title figsize double imsize suptitle sharex sharey squeeze width_ratios height_ratios subplot_kw gridspec_kw dpi facecolor edgecolor layout'.split())
 
 def _n_pictures(sample: Any) -> int:
     "How many of the fields need a place of their own; masks, points and labels are shown over or above a picture"
@@ -106,13 +106,15 @@ class Decoding:
         **kwargs: Any,            # `figsize`, `nrows`, ... of the grid; others (`vmin`, `cmap`, ...) are those of pictures
     ) -> None:
         "Show some samples of a batch"
-        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in _OF_GRID}
+        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in OF_GRID}
         if b is None and unique: b = self._unique_batch(max_n)
         samples = self.decode_batch(self.one_batch() if b is None else b, max_n)
         first, each = _fields(samples[0])[0], _n_pictures(samples[0])
         if each > 1 and not {'nrows', 'ncols'} & kwargs.keys(): kwargs['ncols'] = each * max(1, int(len(samples)**0.5))
         if ctxs is None and hasattr(first, 'contexts'): ctxs = first.contexts(len(samples) * each, **kwargs)
         for k, sample in enumerate(samples): _show(sample, ctxs[k * each:(k + 1) * each] or ctxs[-1:] if ctxs else [None], options)
+        for value in _fields(samples[0]) if ctxs else ():
+            if hasattr(value, 'show_legend'): value.show_legend(ctxs)
 
     def _unique_batch(self, n: int) -> tuple:
         "One sample `n` times, each with its own randomness"

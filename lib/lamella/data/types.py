@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/10_data/03_types.ipynb #e5c4f4a7
 from __future__ import annotations
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,18 +60,28 @@ def plain(
 
 # %% ../../../nbs/10_data/03_types.ipynb #08f64e1e
 def show_title(
-    text: Any,                    # what to write
-    ctx: Axes | None = None,      # axes to put it above; printed if not given
+    o: Any,                       # what to write
+    ax: Any = None,               # axes to put it above, or a row of a table (a Series) to put it into; printed if not given
+    ctx: Any = None,              # another name for `ax`
+    label: str = 'text',          # the column of a table
     color: str = 'black',         # colour of the text
     **kwargs: Any,                # passed on to `set_title`
 ) -> Any:                         # the context
-    "Write `text` above `ctx`; a second one goes on the next line"
+    "Write `o` above `ctx`; a second one goes on the next line"
+    ctx, text = ctx if ax is None else ax, o
     if ctx is None:
         print(text)
         return None
+    if not hasattr(ctx, 'set_title'): return _in_table(ctx, label, text)
     above = ctx.get_title()
     ctx.set_title(f'{above}\n{text}' if above else str(text), color=color, **kwargs)
     return ctx
+
+def _in_table(row: Any, label: str, value: Any) -> Any:
+    "A Series of pandas with one more entry"
+    import pandas as pd
+    while label in row: label += '_'
+    return pd.concat([row, pd.Series({label: value})])
 
 class Titled:
     "What shows itself as a title"
@@ -81,14 +92,25 @@ class Titled:
         "Show the value above `ctx`"
         return show_title(str(self), ctx=ctx, **kwargs)
 
+    def show_with(self,
+        guess: Any,              # what was predicted in place of this
+        ctx: Axes | None = None, # where to show
+    ) -> Any:                    # the context
+        "Show this target and a prediction, in green if it is right, in red if not"
+        return show_title(guess, ctx=self.show(ctx=ctx), color='green' if self == guess else 'red')
+
+class _Number(Titled):
+    "Numbers are more or less right: both are written, without a colour"
+    def show_with(self, guess: Any, ctx: Axes | None = None) -> Any: return show_title(f'predicted {guess}', ctx=self.show(ctx=ctx))
+
 class TitledStr(Titled, str):
     "A string that shows itself as a title"
 
-class TitledFloat(Titled, float):
+class TitledFloat(_Number, float):
     "A number that shows itself as a title"
     def __str__(self) -> str: return f'{float(self):.4g}'
 
-class TitledTuple(Titled, tuple):
+class TitledTuple(_Number, tuple):
     "Several values that show themselves as one title"
     def __str__(self) -> str: return ', '.join(map(str, self))
 
@@ -107,6 +129,16 @@ class MultiCategory(L):
     ) -> Any:                    # the context
         "Show the names above `ctx`"
         return show_title(sep.join(map(str, self)), ctx=ctx, **kwargs)
+
+    def show_with(self,
+        guess: Sequence[Any],    # what was predicted in place of this
+        ctx: Axes | None = None, # where to show
+    ) -> Any:                    # the context
+        "Show these labels and those predicted: green if all are right; else red, with what is missing and what is too much"
+        missing, more = ([o for o in a if o not in b] for a, b in ((self, guess), (guess, self)))
+        lines = [f'{what} {", ".join(map(str, names))}' for what, names in (('missing', missing), ('too much', more)) if names]
+        color, text = 'red' if lines else 'green', [';'.join(map(str, guess)) or '(none)', *([', '.join(lines)] if lines else [])]
+        return show_title('\n'.join(text), ctx=show_title(';'.join(map(str, self)) or '(none)', ctx=ctx), color=color)
 
 class TensorMultiCategory(TensorCategory):
     "Any number of classes: their numbers, or a zero or one for each class"

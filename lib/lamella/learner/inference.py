@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.limits import as_numbers
 from ..base.nested import to_detach
 from ..data.inference import InferencePipeline
 from ..nets.body import evaluating
@@ -21,6 +22,7 @@ __all__ = ['Prediction', 'Inference']
 class Prediction(tuple):
     "(label, decision, probabilities), with names"
     classes: Sequence[Any] | None = None
+    thresholds: dict[Any, float] | None = None # of several labels: from which probability on each is predicted
 
     @classmethod
     def make(cls,
@@ -83,7 +85,16 @@ class Inference:
         outputs = self._outputs(samples)
         probs = to_detach(self.output.activation(outputs))
         decisions, classes = self.output.decodes(probs), self.pipeline.vocab
-        return [Prediction.make(self.pipeline.label(d, s), d, p, classes) for d, p, s in zip(decisions, probs, samples)]
+        found = [Prediction.make(self.pipeline.label(d, s), d, p, classes) for d, p, s in zip(decisions, probs, samples)]
+        for o in found: o.thresholds = self._thresholds(classes)
+        return found
+
+    def _thresholds(self, classes: Any) -> dict[Any, float] | None:
+        "Of each label, if there are several"
+        thresh = getattr(getattr(self.output, 'first', self.output), 'thresh', None)
+        if thresh is None or classes is None: return None
+        limits = as_numbers(thresh)
+        return dict(zip(classes, limits if isinstance(limits, list) else [limits] * len(classes)))
 
     def _outputs(self, samples: list[tuple]) -> Any:
         "What the model returns; items that are dictionaries go to the parameters of their names, without the targets"

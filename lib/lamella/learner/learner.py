@@ -23,6 +23,8 @@ from .saving import Saving
 from ..loop.named import OwnLoss, computes_loss
 from .strategies import Strategies
 from .summary import Summarising
+from .thresholds import Thresholds
+from .tta import TestTime
 from ..loop.recorder import Recorder
 from ..losses import loss_of_task
 from ..metrics import mk_metrics
@@ -35,7 +37,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/09_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(Precision, Strategies, Summarising, Saving, Distributing, Calling):
+class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Saving, Distributing, Calling):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,

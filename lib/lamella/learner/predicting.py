@@ -21,7 +21,8 @@ from ..callbacks.gather import GatherPredsCallback
 from ..data.inference import InferencePipeline
 from ..data.loader import DataLoader
 from ..data.pipeline import DataError
-from ..data.types import TensorBase
+from ..data.showing import OF_GRID
+from .comparing import Comparison
 from .inference import Inference, Prediction
 from ..loop.recorder import Recorder
 from ..losses import output_of_loss
@@ -139,30 +140,28 @@ class Predicting(Fitting):
         dl: Any = None,        # another loader
         max_n: int = 9,        # how many samples at most
         shuffle: bool = True,  # random samples, or the first ones
-        **kwargs: Any,         # passed on to `get_grid`
+        **kwargs: Any,         # `ctxs`; `figsize`, `nrows`, ... of the grid; others (`vmin`, `cmap`, ...) are those of pictures
     ) -> None:
         "Show samples with target and prediction: green where they agree, red where they do not"
-        dl = self._loader(ds_idx, dl)
-        batch = self.dls._lamellas(dl, 'show_results').new(shuffle=shuffle, drop_last=False, split_idx=1).one_batch()
+        dl = self.dls._lamellas(self._loader(ds_idx, dl), 'show_results')
+        batch = dl.new(shuffle=shuffle, drop_last=False, split_idx=1, bs=max_n).one_batch()
         self.show_predictions(dl, map_nested(lambda o: o[:max_n], batch), **kwargs)
 
     def show_predictions(self,
         dl: Any,        # the loader that the batch is of
         batch: tuple,   # as the loader gives it
         titles: list[str] | None = None, # one more line for each sample
-        **kwargs: Any,  # passed on to `get_grid`
+        ctxs: list | None = None,        # where to show them
+        **kwargs: Any,  # `figsize`, `nrows`, ... of the grid; others (`vmin`, `cmap`, ...) are those of pictures
     ) -> None:
         "Show the samples of a batch with target and prediction"
-        decisions, n_inp = self._decisions(batch), len(self.split_batch_of(batch)[0])
+        decisions, (inputs, targets) = self._decisions(batch), self.split_batch_of(batch)
+        options, n_inp = {k: kwargs.pop(k) for k in list(kwargs) if k not in OF_GRID}, len(inputs)
         truth = dl.decode_batch(batch, max_n=find_bs(batch))
         guess = dl.decode_batch(batch[:n_inp] + decisions, max_n=find_bs(batch))
-        each = _places(truth[0][n_inp:])
-        if each > 1: kwargs = {'ncols': 2 * each if each == 2 and len(truth) > 1 else each, **kwargs}
-        ctxs = truth[0][0].contexts(len(truth) * each, **kwargs) if hasattr(truth[0][0], 'contexts') else [None] * len(truth) * each
-        for k, (true, predicted) in enumerate(zip(truth, guess)):
-            title, places = titles[k] if titles else None, ctxs[each * k:each * (k + 1)]
-            if each == 1: _show_pair(true, predicted, n_inp, places[0], title)
-            else: _show_beside({'input': true[:n_inp], 'target': true[n_inp:], 'prediction': predicted[n_inp:]} if each == 3 else {'target': true, 'prediction': predicted}, places, title)
+        comparison = Comparison(truth, n_inp)
+        scores = decisions[len(targets):][:1]
+        comparison.show(guess, comparison.places(ctxs, **kwargs), titles, scores[0].cpu() if scores else None, **options)
 
     def split_batch_of(self,
         batch: tuple, # inputs and targets
@@ -204,23 +203,3 @@ class _Unreduced:
         self.learn.loss_func = self.before
         if hasattr(self, 'reduction'): self.before.reduction = self.reduction
 
-def _places(targets: tuple) -> int:
-    "How many pictures a sample takes: one; two if target and prediction could not be told apart one on top of the other; three if they would hide the input, too"
-    return 3 if any(getattr(o, 'stands_alone', False) for o in targets) else 2 if any(getattr(o, 'is_picture', False) for o in targets) else 1
-
-def _show_beside(shown: dict[str, tuple], ctxs: list, title: str | None) -> None:
-    "Show the same sample several times, with the target, and with what was predicted"
-    for (said, values), ctx in zip(shown.items(), ctxs):
-        for value in values:
-            if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
-        if hasattr(ctx, 'set_title'): ctx.set_title(f'{said}\n{title}' if title is not None else said)
-
-def _show_pair(true: tuple, predicted: tuple, n_inp: int, ctx: Any, title: str | None) -> None:
-    "Show a sample, its targets, and what was predicted"
-    for value in true[:n_inp]:
-        if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
-    for target, guess in zip(true[n_inp:], predicted[n_inp:]):
-        color = 'green' if not isinstance(target, TensorBase) and target == guess else 'red'
-        for value, colour in ((target, 'black'), (guess, color)):
-            if hasattr(value, 'show'): ctx = value.show(ctx=ctx, color=colour)
-    if title is not None and hasattr(ctx, 'set_title'): ctx.set_title(f'{ctx.get_title()}\n{title}', color=ctx.title.get_color())

@@ -27,7 +27,8 @@ class Summarising(Fitting):
         self.model.to(self.dls.device)
         with keep_random_states(): batch = self._batch_to_look_at()
         self._n_inp = getattr(self.dls, 'n_inp', None)
-        rows = [('Task', getattr(self.dls, 'task', None)), ('Loss function', self.loss_func), ('Optimizer', self._optimizer_text()), ('Model', self._frozen_text())]
+        rows = [('Task', self._task_text()), ('Loss function', self.loss_func), ('Metrics', ', '.join(o.name for o in self.metrics)), ('Optimizer', self._optimizer_text()),
+                ('Normalisation', self._normalisation_text()), ('Model', self._frozen_text())]
         about = '\n'.join(f'{name}: {getattr(value, "__name__", value)}' for name, value in rows if value)
         callbacks = '\n'.join(f'  - {cb}' for cb in sorted(self.cbs, key=lambda cb: cb.order))
         return PrettyText(f'{self._layers_text(batch)}\n{about}\nCallbacks:\n{callbacks}')
@@ -42,6 +43,18 @@ class Summarising(Fitting):
         dl = self.dls.train if self.dls.valid is None else self.dls.valid
         if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False, split_idx=1).one_batch()
         return to_device(next(iter(dl)), self.dls.device)
+
+    def _task_text(self) -> str | None:
+        "What is to be learned, of how many classes"
+        task, vocab = getattr(self.dls, 'task', None), getattr(self.dls, 'vocab', None)
+        return f'{task} of {len(vocab)} classes' if task and isinstance(vocab, list) else task
+
+    def _normalisation_text(self) -> str | None:
+        "Mean and standard deviation of the channels, if a transform of the loaders has them"
+        dl = self.dls.train if self.dls.valid is None else self.dls.valid
+        found = next((f for f in getattr(getattr(dl, 'after_batch', None), 'fs', []) if getattr(f, 'mean', None) is not None and hasattr(f, 'std')), None)
+        if found is None: return None
+        return ', '.join(f'{name} {" ".join(f"{v:.3g}" for v in torch.as_tensor(value).flatten().tolist()[:8])}' for name, value in (('mean', found.mean), ('std', found.std)))
 
     def _optimizer_text(self) -> str:
         if self.opt is not None: return repr(self.opt)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BaseLoss', 'CrossEntropyLossFlat', 'FocalLoss', 'FocalLossFlat', 'BCEWithLogitsLossFlat', 'BCELossFlat',
            'MSELossFlat', 'L1LossFlat', 'HuberLossFlat', 'SmoothL1LossFlat', 'LabelSmoothingCrossEntropy',
-           'LabelSmoothingCrossEntropyFlat', 'DiceLoss', 'CombinedLoss', 'loss_of_task', 'output_of_loss']
+           'LabelSmoothingCrossEntropyFlat', 'DiceLoss', 'CombinedLoss', 'loss_of_task', 'output_of_loss', 'suits_task']
 
 # %% ../../../nbs/13_losses/03_init.ipynb #5d75ddcf
 from .flat import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, HuberLossFlat, L1LossFlat, MSELossFlat, SmoothL1LossFlat)
 from .special import (CombinedLoss, DiceLoss, FocalLoss, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat)
-from .tasks import loss_of_task, output_of_loss
+from .tasks import loss_of_task, output_of_loss, suits_task
 
 _all_ = ['BaseLoss', 'CrossEntropyLossFlat', 'FocalLoss', 'FocalLossFlat', 'BCEWithLogitsLossFlat', 'BCELossFlat', 'MSELossFlat', 'L1LossFlat', 'HuberLossFlat', 'SmoothL1LossFlat',
-    'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'DiceLoss', 'CombinedLoss', 'loss_of_task', 'output_of_loss']
+    'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'DiceLoss', 'CombinedLoss', 'loss_of_task', 'output_of_loss', 'suits_task']

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..base.errors import describe_value
+from ..base.limits import Limit, as_numbers, limits_for
 from ..base.registry import register
 
 # %% auto #0
@@ -124,7 +125,7 @@ class BCEWithLogitsLossFlat(BaseLoss):
     def __init__(self,
         axis: int = -1,                         # dimension of the classes
         floatify: bool = True,                  # targets of any type; False: floating-point numbers only
-        thresh: float = 0.5,                    # probability from which on a class is predicted
+        thresh: Limit = 0.5,                    # probability from which on a class is predicted: one for all classes, or one for each
         weight: torch.Tensor | None = None,     # weight of each element
         reduction: str = 'mean',                # 'mean', 'sum' or 'none'
         pos_weight: torch.Tensor | None = None, # (classes,) weight of the positive targets
@@ -148,11 +149,15 @@ class BCEWithLogitsLossFlat(BaseLoss):
 
     def decodes(self, x: torch.Tensor) -> torch.Tensor:
         "Whether each class is likely enough"
-        return x > self.thresh
+        return x > limits_for(self.thresh, x, self.axis)
 
     def spec_args(self) -> dict[str, Any]:
         "What an exported file has to say of this loss"
-        return {'axis': self.axis, 'thresh': self.thresh}
+        return {'axis': self.axis, 'thresh': as_numbers(self.thresh)}
+
+    def extra_repr(self) -> str: # in `repr`
+        "The thresholds, if they are not a half"
+        return '' if as_numbers(self.thresh) == 0.5 else f'thresh={as_numbers(self.thresh)}'
 
 # %% ../../../nbs/13_losses/00_flat.ipynb #a40b261a
 class _Elementwise(BaseLoss):

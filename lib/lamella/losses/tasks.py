@@ -10,17 +10,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from .flat import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from .flat import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, HuberLossFlat, L1LossFlat, MSELossFlat, SmoothL1LossFlat
 
 # %% auto #0
-__all__ = ['loss_of_task', 'output_of_loss']
+__all__ = ['loss_of_task', 'output_of_loss', 'suits_task']
 
 # %% ../../../nbs/13_losses/02_tasks.ipynb #c22ec031
-_LOSS_OF_TASK: dict[str, Callable[[], BaseLoss]] = {'classification': CrossEntropyLossFlat, 'multi-label': BCEWithLogitsLossFlat, 'regression': MSELossFlat,
+_LOSS_OF_TASK: dict[str, Callable[[], BaseLoss]] = {'classification': CrossEntropyLossFlat, 'multi-label': BCEWithLogitsLossFlat, 'regression': MSELossFlat, 'points': MSELossFlat,
     'segmentation': lambda: CrossEntropyLossFlat(axis=1, ignore_index=255)} # 255: no class, in masks
 
 def loss_of_task(
-    task: str | None, # 'classification', 'multi-label', 'regression', 'segmentation'
+    task: str | None, # 'classification', 'multi-label', 'regression', 'points', 'segmentation'
 ) -> BaseLoss:        # a loss; `ValueError` if there is none for it
     "The loss function that suits a task"
     if task in _LOSS_OF_TASK: return _LOSS_OF_TASK[task]()
@@ -35,3 +35,14 @@ def output_of_loss(
     if hasattr(loss_func, 'activation') and hasattr(loss_func, 'decodes'): return loss_func
     like = next((o for kind, o in _LIKE.items() if isinstance(loss_func, kind) or loss_func in (F.cross_entropy,) and kind is nn.CrossEntropyLoss), BaseLoss)
     return like(axis=1) if like is CrossEntropyLossFlat else like()
+
+_OF_NUMBERS = nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, MSELossFlat, L1LossFlat, HuberLossFlat, SmoothL1LossFlat
+
+def suits_task(
+    loss_func: Any,   # a loss, or a class of losses
+    task: str | None, # such as 'classification'
+) -> bool:            # False also for what is not known
+    "Does a loss compare what a task predicts? One of the kind of `loss_of_task`, or a difference of numbers"
+    loss_func = loss_func() if isinstance(loss_func, type) else loss_func
+    if task in ('regression', 'points'): return isinstance(loss_func, _OF_NUMBERS)
+    return task in _LOSS_OF_TASK and isinstance(output_of_loss(loss_func), type(loss_of_task(task)))

@@ -11,24 +11,27 @@ __all__ = ['Outcome', 'Metric', 'AvgMetric', 'AvgLoss', 'AvgSmoothLoss', 'ValueM
            'F1ScoreMulti', 'FBetaMulti', 'HammingLossMulti', 'JaccardMulti', 'MatthewsCorrCoefMulti', 'PrecisionMulti',
            'RecallMulti', 'RocAucMulti', 'mse', 'rmse', 'mae', 'msle', 'exp_rmspe', 'ExplainedVariance', 'R2Score',
            'PearsonCorrCoef', 'SpearmanCorrCoef', 'foreground_acc', 'Dice', 'DiceMulti', 'JaccardCoeff',
-           'JaccardCoeffMulti', 'CorpusBLEUMetric', 'Perplexity', 'perplexity']
+           'JaccardCoeffMulti', 'CorpusBLEUMetric', 'Perplexity', 'perplexity', 'best_thresholds', 'metrics_of_task',
+           'point_distance']
 
 # %% ../../../nbs/14_metrics/12_init.ipynb #7a484a90
 from .accum import AccumMetric, ActivationType, optim_metric, skm_to_fastai
 from lamella.metrics.classification import (APScoreBinary, BalancedAccuracy, BrierScore, CohenKappa, F1Score, FBeta, HammingLoss, Jaccard, MatthewsCorrCoef, Precision, Recall,
     RocAuc, RocAucBinary)
 from .core import (AvgLoss, AvgMetric, AvgSmoothLoss, LossMetric, LossMetrics, Metric, Outcome, ValueMetric, metric_error)
-from .functions import (Perplexity, accuracy, accuracy_multi, error_rate, exp_rmspe, foreground_acc, mae, mse, msle, perplexity, rmse, top_k_accuracy)
+from .functions import (Perplexity, accuracy, accuracy_multi, error_rate, exp_rmspe, foreground_acc, mae, mse, msle, perplexity, point_distance, rmse, top_k_accuracy)
 from .making import SklearnMetric, mk_metric, mk_metrics
 from lamella.metrics.multilabel import (APScoreMulti, BrierScoreMulti, F1ScoreMulti, FBetaMulti, HammingLossMulti, JaccardMulti, MatthewsCorrCoefMulti, PrecisionMulti, RecallMulti,
     RocAucMulti)
 from .regression import ExplainedVariance, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 from .segmentation import Dice, DiceMulti, JaccardCoeff, JaccardCoeffMulti
+from .tasks import metrics_of_task
 from .text import CorpusBLEUMetric
 from .third_party import TorchMetric
+from .thresholds import best_thresholds
 
 _all_ = ['Outcome', 'Metric', 'AvgMetric', 'AvgLoss', 'AvgSmoothLoss', 'ValueMetric', 'LossMetric', 'LossMetrics', 'mk_metric', 'mk_metrics', 'metric_error', 'AccumMetric', 'ActivationType',
     'skm_to_fastai', 'optim_metric', 'SklearnMetric', 'TorchMetric', 'accuracy', 'error_rate', 'top_k_accuracy', 'APScoreBinary', 'BalancedAccuracy', 'BrierScore', 'CohenKappa', 'F1Score',
     'FBeta', 'HammingLoss', 'Jaccard', 'Precision', 'Recall', 'RocAuc', 'RocAucBinary', 'MatthewsCorrCoef', 'accuracy_multi', 'APScoreMulti', 'BrierScoreMulti', 'F1ScoreMulti', 'FBetaMulti',
     'HammingLossMulti', 'JaccardMulti', 'MatthewsCorrCoefMulti', 'PrecisionMulti', 'RecallMulti', 'RocAucMulti', 'mse', 'rmse', 'mae', 'msle', 'exp_rmspe', 'ExplainedVariance', 'R2Score',
-    'PearsonCorrCoef', 'SpearmanCorrCoef', 'foreground_acc', 'Dice', 'DiceMulti', 'JaccardCoeff', 'JaccardCoeffMulti', 'CorpusBLEUMetric', 'Perplexity', 'perplexity']
+    'PearsonCorrCoef', 'SpearmanCorrCoef', 'foreground_acc', 'Dice', 'DiceMulti', 'JaccardCoeff', 'JaccardCoeffMulti', 'CorpusBLEUMetric', 'Perplexity', 'perplexity', 'best_thresholds', 'metrics_of_task', 'point_distance']

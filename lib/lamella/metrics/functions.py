@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from ..base.errors import describe_value
+from ..base.limits import Limit, limits_for
 from .core import AvgMetric, Outcome
 
 # %% auto #0
 __all__ = ['accuracy', 'error_rate', 'top_k_accuracy', 'accuracy_multi', 'foreground_acc', 'mse', 'mae', 'msle', 'FunctionOfMean',
-           'Perplexity', 'streamed_by', 'rmse', 'exp_rmspe', 'perplexity']
+           'Perplexity', 'streamed_by', 'rmse', 'point_distance', 'exp_rmspe', 'perplexity']
 
 # %% ../../../nbs/14_metrics/01_functions.ipynb #0c326bef
 def accuracy(
@@ -50,12 +51,13 @@ def top_k_accuracy(
 def accuracy_multi(
     inp: torch.Tensor,    # (n, ..., labels) predictions
     targ: torch.Tensor,   # (n, ..., labels) zeros and ones
-    thresh: float = 0.5,  # probability from which on a label is predicted
+    thresh: Limit = 0.5,  # probability from which on a label is predicted: one for all labels, or one for each
     sigmoid: bool = True, # the predictions are logits; otherwise they are probabilities
 ) -> torch.Tensor:        # 0 to 1
     "Share of all labels of all samples that are rightly predicted to be there or not"
-    inp, targ = _flat(inp, targ, 'accuracy_multi')
-    return (((inp.sigmoid() if sigmoid else inp) > thresh) == targ.bool()).float().mean()
+    probs = inp.sigmoid() if sigmoid else inp
+    said, targ = _flat(probs > limits_for(thresh, probs), targ, 'accuracy_multi')
+    return (said == targ.bool()).float().mean()
 
 def foreground_acc(
     inp: torch.Tensor,  # (n, classes, ...) predictions
@@ -145,6 +147,14 @@ def rmse(
 ) -> torch.Tensor:      # at least 0
     "Root of the mean squared error"
     return mse(inp, targ).sqrt()
+
+def point_distance(
+    inp: torch.Tensor,  # (n, points * 2) or (n, points, 2) predictions, from -1 to 1 of the image
+    targ: torch.Tensor, # as many targets
+) -> torch.Tensor:      # 0.1: a tenth of the side of the image, on average
+    "Mean distance of predicted points from where they are, as a share of the side of the image"
+    inp, targ = _flat(inp, targ, 'point_distance')
+    return (inp - targ).view(-1, 2).norm(dim=1).mean() / 2
 
 def _squared_share(inp: torch.Tensor, targ: torch.Tensor) -> torch.Tensor:
     "Mean of the squared relative errors of the exponentials"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..base.errors import describe_value
+from ..base.limits import Limit, limits_for
 from .accum import AccumMetric, skm_to_fastai
 from .classification import areas, sklearn_function
 from .core import AvgMetric, Gather, Metric, Outcome, metric_error
@@ -29,7 +30,7 @@ class LabelCounts(Metric):
     def __init__(self,
         formula: Callable[..., Any],   # from an array (labels, 2, 2) of counts by truth and prediction to the metric
         name: str,                     # the heading of its column
-        thresh: float = 0.5,           # probability from which on a label is predicted
+        thresh: Limit | None = 0.5,    # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
         sigmoid: bool = True,          # the predictions are logits; otherwise they are probabilities
     ):
         self.formula, self._name, self.thresh, self.sigmoid = formula, name, thresh, sigmoid
@@ -41,8 +42,12 @@ class LabelCounts(Metric):
 
     def accumulate(self, learn: Outcome) -> None:
         "Count the labels of a batch"
-        try: self.add((learn.pred.sigmoid() if self.sigmoid else learn.pred) >= self.thresh, only_target(learn))
+        try: self.add(self._said(learn), only_target(learn))
         except Exception as error: raise metric_error(self, learn, error)
+
+    def _said(self, learn: Outcome) -> torch.Tensor:
+        probs = learn.pred.sigmoid() if self.sigmoid else learn.pred
+        return probs >= limits_for(_thresh_of(learn.loss_func) if self.thresh is None else self.thresh, probs)
 
     def add(self,
         guess: torch.Tensor, # (n, ..., labels) whether a label is predicted
@@ -81,7 +86,9 @@ class LabelCounts(Metric):
         labels = int(gather(torch.tensor([0 if self.counts is None else len(self.counts)])).max())
         if labels: self.counts = gather(torch.zeros(labels, 4, dtype=torch.int64) if self.counts is None else self.counts).sum(0)
 
-def _quotient(kind: str, thresh: float, sigmoid: bool, labels: Any, pos_label: int, average: str | None, sample_weight: Any, beta: float = 1.) -> Metric:
+def _thresh_of(loss_func: Any) -> Limit: return getattr(getattr(loss_func, 'first', loss_func), 'thresh', 0.5)
+
+def _quotient(kind: str, thresh: Limit | None, sigmoid: bool, labels: Any, pos_label: int, average: str | None, sample_weight: Any, beta: float = 1.) -> Metric:
     "Precision, recall, F or Jaccard of labels"
     name = {'jaccard': 'jaccard_score', 'precision': 'precision_score', 'recall': 'recall_score', 'f1': 'f1_score', 'fbeta': 'fbeta_score'}[kind]
     if average not in ('samples', 'micro', 'macro', 'weighted', None): raise ValueError(f"average is 'samples', 'micro', 'macro', 'weighted' or None, not {average!r}")
@@ -91,14 +98,16 @@ def _quotient(kind: str, thresh: float, sigmoid: bool, labels: Any, pos_label: i
         return averaged(quotients(kind, beta), (chosen[:, 1, 1], chosen[:, :, 1].sum(1), chosen[:, 1].sum(1)), average, occurring=False)
     return LabelCounts(_formula, name, thresh, sigmoid)
 
-def _weighted(name: str, thresh: float, sigmoid: bool, sample_weight: Any, **kwargs: Any) -> Metric:
+def _weighted(name: str, thresh: Limit | None, sigmoid: bool, sample_weight: Any, **kwargs: Any) -> Metric:
     "By scikit-learn, with everything kept"
+    if thresh is None: raise ValueError(f"{name} with sample_weight or average='samples' needs thresh=..., a number or one for each label")
+    thresh = thresh if isinstance(thresh, float) else torch.as_tensor(thresh)
     weight = None if sample_weight is None else np.asarray(sample_weight)
     return skm_to_fastai(sklearn_function(name), thresh=thresh, activation='sigmoid' if sigmoid else 'no', flatten=False, sample_weight=weight, **kwargs)
 
 # %% ../../../nbs/14_metrics/08_multilabel.ipynb #039cb0cc
 def PrecisionMulti(
-    thresh: float = 0.5,        # probability from which on a label is predicted
+    thresh: Limit | None = 0.5, # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
     sigmoid: bool = True,       # the predictions are logits; otherwise they are probabilities
     labels: Sequence[int] | None = None, # the labels that are averaged; all if not given
     pos_label: int = 1,         # has no meaning for several labels
@@ -109,7 +118,7 @@ def PrecisionMulti(
     return _quotient('precision', thresh, sigmoid, labels, pos_label, average, sample_weight)
 
 def RecallMulti(
-    thresh: float = 0.5,        # probability from which on a label is predicted
+    thresh: Limit | None = 0.5, # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
     sigmoid: bool = True,       # the predictions are logits; otherwise they are probabilities
     labels: Sequence[int] | None = None, # the labels that are averaged; all if not given
     pos_label: int = 1,         # has no meaning for several labels
@@ -120,7 +129,7 @@ def RecallMulti(
     return _quotient('recall', thresh, sigmoid, labels, pos_label, average, sample_weight)
 
 def F1ScoreMulti(
-    thresh: float = 0.5,        # probability from which on a label is predicted
+    thresh: Limit | None = 0.5, # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
     sigmoid: bool = True,       # the predictions are logits; otherwise they are probabilities
     labels: Sequence[int] | None = None, # the labels that are averaged; all if not given
     pos_label: int = 1,         # has no meaning for several labels
@@ -132,7 +141,7 @@ def F1ScoreMulti(
 
 def FBetaMulti(
     beta: float,                # how much more recall counts
-    thresh: float = 0.5,        # probability from which on a label is predicted
+    thresh: Limit | None = 0.5, # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
     sigmoid: bool = True,       # the predictions are logits; otherwise they are probabilities
     labels: Sequence[int] | None = None, # the labels that are averaged; all if not given
     pos_label: int = 1,         # has no meaning for several labels
@@ -143,7 +152,7 @@ def FBetaMulti(
     return _quotient('fbeta', thresh, sigmoid, labels, pos_label, average, sample_weight, beta)
 
 def JaccardMulti(
-    thresh: float = 0.5,        # probability from which on a label is predicted
+    thresh: Limit | None = 0.5, # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
     sigmoid: bool = True,       # the predictions are logits; otherwise they are probabilities
     labels: Sequence[int] | None = None, # the labels that are averaged; all if not given
     pos_label: int = 1,         # has no meaning for several labels
@@ -155,7 +164,7 @@ def JaccardMulti(
 
 # %% ../../../nbs/14_metrics/08_multilabel.ipynb #af732d24
 def HammingLossMulti(
-    thresh: float = 0.5,  # probability from which on a label is predicted
+    thresh: Limit | None = 0.5, # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
     sigmoid: bool = True, # the predictions are logits; otherwise they are probabilities
     labels: Sequence[int] | None = None, # the labels that count; all if not given
     sample_weight: Sequence[float] | None = None, # weight of each sample
@@ -168,7 +177,7 @@ def HammingLossMulti(
     return LabelCounts(_formula, 'hamming_loss', thresh, sigmoid)
 
 def MatthewsCorrCoefMulti(
-    thresh: float = 0.5,  # probability from which on a label is predicted
+    thresh: Limit | None = 0.5, # probability from which on a label is predicted: one for all, or one for each; `None`: that of the loss
     sigmoid: bool = True, # the predictions are logits; otherwise they are probabilities
     sample_weight: Sequence[float] | None = None, # weight of each label of each sample, in one long list
 ) -> Metric:              # a metric

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..base.registry import register
+from ..data.moves import note_moves
 from ..data.transform import Transform, _tuple_like, find_handler
 from ..data.types import plain
 from .pixels import Pixels, Step, in_parts, new_batch
@@ -36,6 +37,7 @@ class _Run:
         for group in self.groups if picture is not None else []:
             active = [f for f in group if f.split_idx in (None, split_idx)]
             if active: steps += type(group[0]).plan(active, picture, split_idx)
+        if picture is not None: note_moves(steps, tuple(picture.shape[-2:]))
         return self._field(x, steps, split_idx, picture)
 
     def _field(self, x: Any, steps: list[Step], split_idx: int | None, picture: torch.Tensor | None) -> Any:

@@ -4,6 +4,8 @@
 
 # %% ../../../nbs/60_vision/01_cropping.ipynb #5559e8ea
 from __future__ import annotations
+import io
+import math
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,35 @@ def crop_tensor(
 
 # %% ../../../nbs/60_vision/01_cropping.ipynb #0888bb9a
 class PILGeometry:
-    "`flip_lr`, `dihedral` and `crop_pad` for classes of PIL images"
+    "`flip_lr`, `dihedral`, `crop_pad` and other sizes for classes of PIL images"
+    def reshape(self: Any,
+        h: int,            # height
+        w: int,            # width
+        resample: int = 0, # PIL's filter; 0: the nearest pixel
+    ) -> Any:              # a new image
+        "The image in another size, given in the order of arrays"
+        return self.resize((w, h), resample)
+
+    def resize_max(self: Any,
+        resample: int = 0,           # PIL's filter; 0: the nearest pixel
+        max_px: int | None = None,   # pixels at most, height times width
+        max_h: int | None = None,    # height at most
+        max_w: int | None = None,    # width at most
+    ) -> Any:                        # a new image
+        "The image, smaller if it is larger than allowed, with the same aspect"
+        h, w = float(self.size[1]), float(self.size[0])
+        scale = min(1., math.sqrt(max_px / (h * w)) if max_px else 1.)
+        scale = min(scale, max_h / h if max_h else 1., max_w / w if max_w else 1.)
+        return self.reshape(max(1, round(h * scale)), max(1, round(w * scale)), resample)
+
+    def to_bytes_format(self: Any,
+        format: str = 'png', # as PIL calls it
+    ) -> bytes:              # what a file would hold
+        "The image as a file in memory"
+        file = io.BytesIO()
+        self.save(file, format=format)
+        return file.getvalue()
+
     def flip_lr(self: Any) -> Any: # a new image
         "Left becomes right"
         return self.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

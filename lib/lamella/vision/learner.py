@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..base.registry import checked_keywords
+from ..learner.defaults import chosen_metrics
 from ..learner.learner import Learner
 from ..nets.weights import set_channels_last
 from ..optim.optimizer import Adam
@@ -34,7 +35,7 @@ def vision_learner(
     lr: Any = 1e-3,                                # learning rate where none is given
     splitter: Callable | None = None,              # from the model to its parameter groups
     cbs: Any = None,                               # callbacks
-    metrics: Any = None,                           # functions of predictions and targets, or metrics
+    metrics: Any = None,                           # functions of predictions and targets, or metrics; that of the data's task if not given, none for `[]`
     path: str | os.PathLike | None = None,         # where files are kept
     model_dir: str | os.PathLike = 'models',       # folder of weights, in `path`
     wd: float | None = None,                       # weight decay
@@ -58,7 +59,7 @@ def vision_learner(
     model = create_vision_model(arch, _outputs(dls, n_out), pretrained, weights, n_in, cut, custom_head, init, lin_ftrs, ps, concat_pool, pool, first_bn, bn_final, lin_first, y_range)
     has_weights = pretrained or weights is not None
     if normalize and has_weights: add_normalization(dls, arch, n_in)
-    learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
+    learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, chosen_metrics(dls, metrics, loss_func, n_out), path, model_dir, wd, wd_bn_bias, train_bn, moms)
     if has_weights: learn.freeze()
     set_channels_last(model, dls.device)
     return learn

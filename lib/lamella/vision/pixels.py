@@ -121,6 +121,13 @@ class Step:
         "Move points, all of the batch"
         return x
 
+    def origins(self,
+        x: torch.Tensor,       # (n,k,2), from -1 to 1 of the images after
+        size: tuple[int, ...], # (height, width) of the images before
+    ) -> torch.Tensor:         # (n,k,2), from -1 to 1 of the images before
+        "Where points come from, all of the batch"
+        return x
+
 # %% ../../../nbs/60_vision/10_pixels.ipynb #d7230d3b
 @functools.lru_cache(maxsize=1)
 def _thread_pool(n: int, pid: int) -> ThreadPoolExecutor:

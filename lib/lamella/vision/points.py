@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base.registry import register
-from ..data.types import TensorBase, plain
+from ..base.figures import figure_legend
+from ..data.types import TensorBase, plain, show_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ['TensorPoint', 'TensorBBox', 'LabeledBBox']
 
 # %% ../../../nbs/60_vision/02_points.ipynb #6841e785
+_TARGET: dict[str, Any] = {'marker': 'o', 'ms': 7, 'mfc': 'none', 'mec': 'lime', 'mew': 1.5}
+_GUESS: dict[str, Any] = {'marker': 'x', 'ms': 6, 'color': 'red', 'mew': 1.5}
+
 @register
 class TensorPoint(TensorBase):
     "Points (n,2): x and y of each"
@@ -48,6 +52,24 @@ class TensorPoint(TensorBase):
         color = {} if {'c', 'color'} & kwargs.keys() else {'color': 'red'}
         _axes(ctx).scatter(x, y, **{**self._show_args, **color, **{k: v for k, v in kwargs.items() if k != 'figsize'}})
         return _axes(ctx)
+
+    def show_with(self,
+        guess: TensorPoint,      # what was predicted in place of these
+        ctx: Axes | None = None, # where to draw
+    ) -> Axes:                   # the axes drawn on
+        "Draw these points as circles, predicted ones as crosses, and how far they are off"
+        ax, (a, b) = _axes(ctx), (plain(o).detach().cpu().view(-1, 2) for o in (self, guess))
+        ax.plot(*torch.stack([a, b], 0).unbind(2), color='white', lw=1)
+        for points, style in ((a, _TARGET), (b, _GUESS)): ax.plot(*points.unbind(1), ls='', **style)
+        return show_title(f'off by {float((a - b).norm(dim=1).mean()):.3g} pixels', ctx=ax)
+
+    def show_legend(self,
+        ctxs: Sequence[Any],    # the axes of a figure
+        compared: bool = False, # predictions are shown, too
+    ) -> None:
+        "What circles and crosses mean"
+        from matplotlib.lines import Line2D
+        if compared: figure_legend(ctxs, [Line2D([], [], ls='', label=name, **style) for name, style in (('target', _TARGET), ('prediction', _GUESS))])
 
     def moved(self,
         move: Callable[[torch.Tensor], torch.Tensor], # from points (..., n, 2) to as many
@@ -101,6 +123,14 @@ def _axes(ctx: Axes | None) -> Axes:
 class TensorBBox(TensorPoint):
     "Boxes (n,4): left, top, right and bottom of each"
     _width = 4
+    is_picture: bool = True # a prediction is shown beside the target, not over it
+
+    def show_legend(self, ctxs: Sequence[Any], compared: bool = False) -> None: # nothing
+        "Boxes explain themselves"
+
+    def show_beside(self, guess: TensorBBox, ctx: Any = None, **kwargs: Any) -> Any: # the context
+        "Boxes with labels are drawn with them; those without, here"
+        return guess.show(ctx=ctx)
 
     def show(self,
         ctx: Axes | None = None,           # where to draw
@@ -168,5 +198,32 @@ class LabeledBBox(tuple):
         **kwargs: Any,           # passed on to `TensorBBox.show`
     ) -> Axes:                   # the axes drawn on
         "Draw the boxes with their labels, without those of no class ('#na#')"
-        known = [i for i, label in enumerate(self.lbl) if label != '#na#']
+        known = self._known()
         return TensorBBox.cast(plain(self.bbox)[known]).show(ctx=ctx, text=[str(self.lbl[i]) for i in known], **kwargs)
+
+    def _known(self) -> list[int]: return [i for i, label in enumerate(self.lbl) if label != '#na#']
+
+    def show_beside(self,
+        guess: LabeledBBox,                # what was predicted in place of these
+        ctx: Axes | None = None,           # where to draw
+        scores: torch.Tensor | None = None, # (n,) how sure each predicted box is
+        iou: float = 0.5,                  # a box that overlaps one of its class at least so much is right
+    ) -> Axes:                             # the axes drawn on
+        "Draw predicted boxes: green if there is such a box, each once, red if not; and count"
+        right, known = self.matched(guess, iou), guess._known()
+        for i in known: TensorBBox.cast(plain(guess.bbox)[i:i + 1]).show(ctx, f'{guess.lbl[i]}' + ('' if scores is None else f' {float(scores[i]):.2f}'), 'lime' if i in right else 'red')
+        counts = {'right': len(right), 'wrong': len(known) - len(right), 'missed': len(self._known()) - len(right)}
+        return show_title(', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'nothing', ctx=_axes(ctx))
+
+    def matched(self,
+        guess: LabeledBBox, # predicted boxes, the best first
+        iou: float = 0.5,   # least overlap
+    ) -> set[int]:          # numbers of boxes of `guess`
+        "Which predicted boxes are right: each box of this can be found once"
+        from torchvision.ops import box_iou
+        free, right = set(self._known()), set()
+        overlap = box_iou(plain(guess.bbox).float(), plain(self.bbox).float())
+        for i in guess._known():
+            same = [j for j in free if self.lbl[j] == guess.lbl[i] and overlap[i, j] >= iou]
+            if same: right.add(i); free.remove(max(same, key=lambda j: float(overlap[i, j])))
+        return right

@@ -121,6 +121,14 @@ class Sampling(Step):
         x = x @ back[:, :, :2].mT + back[:, None, :, 2]
         return x[..., :2] / x[..., 2:] / x.new_tensor(self._edges(self.out_size(size)))
 
+    def origins(self, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor: # (n,k,2)
+        "Where points come from, as pixels do"
+        matrix = self.exact.to(x.device, x.dtype)
+        x = (x * x.new_tensor(self._edges(self.out_size(size)))) @ matrix[:, :, :2].mT + matrix[:, None, :, 2]
+        x = x[..., :2] / x[..., 2:]
+        for f in self.coord_fs: x = f(x[:, :, None])[:, :, 0]
+        return x / x.new_tensor(self._edges(size))
+
     def mask(self, x: torch.Tensor, part: slice) -> torch.Tensor: # (n,h,w)
         "Sample masks"
         grid = self.grid(self.out_size(x.shape[-2:]), part)

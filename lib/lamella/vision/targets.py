@@ -139,7 +139,7 @@ def _shown(x: Any) -> str: return '{}x{}'.format(*_size(x))
 @register
 class PointSetup(Transform):
     "Points of an image, counted"
-    task = 'regression'
+    task = 'points'
 
     def __init__(self,
         c: int | None = None, # how many numbers: two for each point; counted on the first training item if not given

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..base.figures import show_image
+from ..base.figures import class_legend, show_image
 from ..base.registry import register
 from ..data.later import now_or_later
-from ..data.types import TensorBase, plain
+from ..data.types import TensorBase, plain, show_title
 from .cropping import PILGeometry, TensorGeometry
 from .decoding import BILINEAR, NEAREST, Box, PlainJpeg, decode_jpeg, explain_damage, open_image, plain_jpeg, read_array, resize_tensor, to_image, to_mask, to_mode, to_pixels
 
@@ -292,6 +292,15 @@ class TensorMask(TensorImageBase):
         if self.codes is None: return super().show(ctx, **kwargs)
         classes = torch.where(plain(self) < len(self.codes), plain(self).float(), float('nan'))
         return show_image(classes, ctx=ctx, **{**self._show_args, 'vmin': 0, 'vmax': max(1, len(self.codes) - 1), **kwargs})
+
+    def show_beside(self, guess: TensorMask, ctx: Any = None) -> Any: # the context
+        "Show a prediction of this mask, and the share of the pixels that are right"
+        known = plain(self) < (256 if self.codes is None else len(self.codes)) # the rest belongs to no class
+        return show_title(f'{float((plain(guess) == plain(self))[known].float().mean()):.0%} right', ctx=guess.show(ctx=ctx))
+
+    def show_legend(self, ctxs: Sequence[Any], compared: bool = False) -> None: # below the figure
+        "The classes in their colours"
+        if self.codes is not None: class_legend(ctxs, self.codes, self._show_args['cmap'])
 
 def image2tensor(
     img: Image.Image, # a PIL image
