@@ -39,6 +39,7 @@ class GatherPredsCallback(Callback):
         self.preds: list[Any] = []
         self.targets: list[Any] = []
         self.losses: list[torch.Tensor] = []
+        self.fills_up = getattr(self.loss_func, 'fills_up', False) # zeros mean nothing to this loss: batches may differ in the number of things in an image
         for folder in (self.save_preds, self.save_targs):
             if folder is not None and is_main_process(): folder.mkdir(parents=True, exist_ok=True)
 
@@ -54,7 +55,7 @@ class GatherPredsCallback(Callback):
 
     def gathered(self) -> dict[str, Any]: # 'inputs', 'preds', 'targets', 'losses'; `None` for what there is none of
         "Everything of all batches, joined"
-        join = (lambda values: values) if self.concat_dim is None else (lambda values: to_concat(values, self.concat_dim))
+        join = (lambda values: values) if self.concat_dim is None else (lambda values: to_concat(values, self.concat_dim, self.fills_up))
         kept = {'inputs': self.inputs, 'preds': self.preds, 'targets': self.targets, 'losses': self.losses}
         joined = {name: join(values) if values else None for name, values in kept.items()}
         if isinstance(joined['inputs'], tuple) and len(joined['inputs']) == 1: joined['inputs'] = joined['inputs'][0]

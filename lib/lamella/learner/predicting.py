@@ -22,7 +22,7 @@ from ..data.inference import InferencePipeline
 from ..data.loader import DataLoader
 from ..data.pipeline import DataError
 from ..data.types import TensorBase
-from .inference import Inference, Prediction
+from .inference import Inference, Prediction, activated, decided
 from ..loop.recorder import Recorder
 from ..losses import output_of_loss
 from ..nets.body import evaluating
@@ -87,10 +87,9 @@ class Predicting(Fitting):
 
     def _results(self, gather: GatherPredsCallback, act: Any, with_input: bool, with_decoded: bool, with_loss: bool) -> tuple:
         found, output = gather.gathered(), output_of_loss(self.loss_func)
-        use = lambda func: lambda o: None if o is None else func(o) # a model may leave something out of its output
-        preds = map_nested(use(output.activation if act is None else act), found['preds'])
+        preds = activated(output, found['preds']) if act is None else map_nested(lambda o: None if o is None else act(o), found['preds'])
         result = [found['inputs']] if with_input else []
-        result += [preds, found['targets']] + ([map_nested(use(output.decodes), preds)] if with_decoded else [])
+        result += [preds, found['targets']] + ([decided(output, preds)] if with_decoded else [])
         return tuple(result + ([found['losses']] if with_loss else []))
 
     def _in_order(self, dl: Any, all_items: bool = False) -> Any:
@@ -170,7 +169,7 @@ class Predicting(Fitting):
         output = output_of_loss(self.loss_func)
         self.model.to(self.dls.device)
         with evaluating(self.inference_model()) as model: pred = model(*to_device(self.split_batch_of(batch)[0], self.dls.device))
-        return tuple(as_list(map_nested(lambda o: output.decodes(output.activation(o)), pred)))
+        return tuple(as_list(decided(output, activated(output, pred))))
 
 @contextmanager
 def _hint_of_bad_items(dl: Any) -> Iterator[None]:
@@ -205,7 +204,10 @@ def _show_pair(true: tuple, predicted: tuple, n_inp: int, ctx: Any, title: str |
     "Show a sample, its targets, and what was predicted"
     for value in true[:n_inp]:
         if hasattr(value, 'show'): ctx = value.show(ctx=ctx)
-    for target, guess in zip(true[n_inp:], predicted[n_inp:]):
+    pairs = list(zip(true[n_inp:], predicted[n_inp:]))
+    told = [(target, guess) for target, guess in pairs if hasattr(target, 'show_compared')] # tells what the fields before it say, too
+    for target, guess in told: target.show_compared(guess, ctx=ctx)
+    for target, guess in [] if told else pairs:
         color = 'green' if not isinstance(target, TensorBase) and target == guess else 'red'
         for value, colour in ((target, 'black'), (guess, color)):
             if hasattr(value, 'show'): ctx = value.show(ctx=ctx, color=colour)
