@@ -78,13 +78,21 @@ def find_bs(
 def to_concat(
     batches: list[Any], # batches of the same nesting
     dim: int = 0,       # dimension to join along
+    fill: bool = False, # with zeros where tensors differ in size in another dimension; that is an error otherwise
 ) -> Any:               # one batch
     "Join a list of batches into one, leaf by leaf"
     first = batches[0]
     if first is None: return None # such as the loss of a model that got no labels
-    if isinstance(first, Mapping): return type(first)({k: to_concat([b[k] for b in batches], dim) for k in first})
-    if isinstance(first, (list, tuple)): return type(first)([to_concat([b[i] for b in batches], dim) for i in range(len(first))])
-    return torch.cat(batches, dim=dim) if first.dim() else torch.stack(batches)
+    if isinstance(first, Mapping): return type(first)({k: to_concat([b[k] for b in batches], dim, fill) for k in first})
+    if isinstance(first, (list, tuple)): return type(first)([to_concat([b[i] for b in batches], dim, fill) for i in range(len(first))])
+    if not first.dim(): return torch.stack(batches)
+    return torch.cat(_filled_up(batches, dim % first.dim()) if fill else batches, dim=dim)
+
+def _filled_up(batches: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
+    "The same tensors with zeros at the end of all dimensions but `dim`, until they are as long as the longest"
+    sizes = [max(b.shape[d] for b in batches) for d in range(batches[0].dim())]
+    missing = lambda b: [n for d in reversed(range(b.dim())) for n in (0, 0 if d == dim else sizes[d] - b.shape[d])]
+    return [torch.nn.functional.pad(b, missing(b)) for b in batches]
 
 # %% ../../../nbs/00_base/00_nested.ipynb #728e9de5
 def tensor(

@@ -43,6 +43,7 @@ class GatherPredsCallback(Callback):
         self.decoded: list[Any] = []
         self.targets: list[Any] = []
         self.losses: list[torch.Tensor] = []
+        self.fills_up = getattr(self.loss_func, 'fills_up', False) # zeros mean nothing to this loss: batches may differ in the number of things in an image
         for folder in (self.save_preds, self.save_targs):
             if folder is not None and is_main_process(): folder.mkdir(parents=True, exist_ok=True)
 
@@ -59,7 +60,7 @@ class GatherPredsCallback(Callback):
 
     def gathered(self) -> dict[str, Any]: # 'inputs', 'preds', 'decoded', 'targets', 'losses'; `None` for what there is none of
         "Everything of all batches, joined"
-        join = (lambda values: values) if self.concat_dim is None else (lambda values: to_concat(values, self.concat_dim))
+        join = (lambda values: values) if self.concat_dim is None else (lambda values: to_concat(values, self.concat_dim, self.fills_up))
         kept = {'inputs': self.inputs, 'preds': self.preds, 'decoded': self.decoded, 'targets': self.targets, 'losses': self.losses}
         joined = {name: join(values) if values else None for name, values in kept.items()}
         if isinstance(joined['inputs'], tuple) and len(joined['inputs']) == 1: joined['inputs'] = joined['inputs'][0]

@@ -18,7 +18,7 @@ from .showing import types_of, with_types
 from .types import TensorBase, plain
 
 # %% auto #0
-__all__ = ['kind_of', 'InferencePipeline']
+__all__ = ['kind_of', 'TracedSample', 'InferencePipeline']
 
 # %% ../../../nbs/10_data/26_inference.ipynb #7937306f
 def kind_of(
@@ -26,6 +26,11 @@ def kind_of(
 ) -> str:      # paths and strings are of one kind
     "The kind of an item, by name"
     return 'path' if isinstance(item, (str, os.PathLike)) else type(item).__name__
+
+class TracedSample(tuple):
+    "The inputs of a sample that know where they came from: places that a model finds in them can be told of what was opened"
+    opened: tuple = ()                 # the inputs before the item transforms
+    marks: torch.Tensor | None = None  # where the landmarks of what was opened are now
 
 class InferencePipeline:
     "From new items to a batch of plain tensors, and from predictions to labels"
@@ -40,7 +45,7 @@ class InferencePipeline:
         self.inputs, self.targets = [Pipeline(o, 1) for o in inputs], [Pipeline(o, 1) for o in targets]
         self.item_tfms, self.batch_tfms, self.item_kind = Pipeline(item_tfms, 1), Pipeline(batch_tfms, 1), item_kind
         self._without_getters = [Pipeline([f for f in o.fs if not f.is_getter], 1) for o in self.inputs]
-        self.target_types = list(target_types)
+        self.target_types = [o if isinstance(o, type) and issubclass(o, TensorBase) else None for o in target_types]
 
     @classmethod
     def from_loader(cls,
@@ -51,6 +56,7 @@ class InferencePipeline:
         if fields is None: return cls([None], [], getattr(dl, 'after_item', None), getattr(dl, 'after_batch', None))
         kind = kind_of(get_item(dataset.source, 0)) if len(dataset.source) else None
         n = dataset.n_inp
+        if dl.input_types is None and n < len(fields) and len(dataset): dl.learn_types()
         kinds = dl.output_types or dl.input_types
         types = list(kinds[n:]) if isinstance(kinds, tuple) else []
         return cls(fields[:n], fields[n:], dl.after_item, dl.after_batch, kind, types)
@@ -60,27 +66,55 @@ class InferencePipeline:
     ) -> tuple:    # one value an input
         "One item, opened and transformed"
         fields = self.inputs if kind_of(item) == self.item_kind else self._without_getters
-        try: return self.item_tfms(tuple([field(item) for field in fields]))
+        try: return self._transformed(tuple([field(item) for field in fields]))
         except Exception as error: raise data_error(f'the item {describe_value(item)}', error) from error
+
+    def _transformed(self, values: tuple) -> tuple:
+        "The item transforms; where the targets are places, landmarks of what was opened go through them, too"
+        kind = next((o for o in self.target_types if hasattr(o, 'landmarks')), None)
+        marks = kind.landmarks(values, self.item_tfms.fs) if kind is not None else None
+        if marks is None: return self.item_tfms(values)
+        *made, marks = self.item_tfms((*values, marks))
+        sample = TracedSample(made)
+        sample.opened, sample.marks = values, marks
+        return sample
 
     def batch(self,
         samples: Sequence[tuple],             # from `sample`
         device: torch.device | str | None,    # where the model is
     ) -> tuple:                               # plain tensors
         "Samples as a batch, with the batch transforms"
-        fields = to_device(collate(list(samples)), device)
-        return map_nested(plain, self.batch_tfms(with_types(fields, types_of(samples[0]))))
+        traced = [s for s in samples if isinstance(s, TracedSample)]
+        rows = [(*s, s.marks) for s in traced] if traced else list(samples)
+        made = self.batch_tfms(with_types(to_device(collate(rows), device), types_of(rows[0])))
+        if not traced: return map_nested(plain, made)
+        for s, marks in zip(traced, made[-1]): s.marks = plain(marks).cpu()
+        return map_nested(plain, tuple(made[:-1]))
 
     @property
     def vocab(self) -> Any: # `None` if there is none
-        "The classes of the first target"
-        return next((f.vocab for field in self.targets[:1] for f in field.fs if getattr(f, 'vocab', None) is not None), None)
+        "The classes of the first target that has some"
+        return next((o for o in self.vocabs if o is not None), None)
+
+    @property
+    def vocabs(self) -> list[Any]: # one for each target; `None` for those without classes
+        "The classes of each target"
+        return [next((f.vocab for f in field.fs if getattr(f, 'vocab', None) is not None), None) for field in self.targets]
 
     def label(self,
-        decision: Any,               # a prediction of one sample, decoded by the loss
+        decision: Any,               # a prediction of one sample, decoded by the loss; a tuple for several targets
         sample: tuple | None = None, # the inputs, as `sample` gives them
-    ) -> Any:                        # such as 'cat'
-        "A decision as people would say it; points are in pixels of the input that the transforms have made"
+    ) -> Any:                        # such as 'cat'; a tuple for several targets, unless one of the labels tells all
+        "A decision as people would say it; points are in pixels of the input that the transforms have made, boxes in those of the image that was opened"
         if not self.targets: return decision
+        if isinstance(decision, (tuple, list)) and len(self.targets) > 1: return self._labels(tuple(decision), () if sample is None else sample)
         label = self.targets[0].decode(decision)
         return label if sample is None or not isinstance(label, TensorBase) else self.item_tfms.decode((*sample, label))[-1]
+
+    def _labels(self, decision: tuple, sample: tuple) -> Any:
+        "The labels of several targets"
+        typed, before = with_types(decision, tuple(self.target_types)), tuple(sample)
+        if isinstance(sample, TracedSample): typed, before = tuple([o.on_opened(sample.marks) if hasattr(o, 'on_opened') else o for o in typed]), sample.opened
+        decoded = self.item_tfms.decode((*before, *typed))[len(before):]
+        labels = tuple([field.decode(value) for field, value in zip(self.targets, decoded)])
+        return next((o for o in labels if getattr(o, 'tells_all', False)), labels)

@@ -85,7 +85,8 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
     if spec.get('channels_last') is True: model.to(memory_format=torch.channels_last)
     p = spec['pipeline']
     parts = {name: rebuild(p[name], objects) for name in ('inputs', 'targets', 'item_tfms', 'batch_tfms', 'item_kind')}
-    predictor = Predictor(model, InferencePipeline(**parts), rebuild(spec['output'], objects), None)
+    types = rebuild(p.get('target_types', []), objects) # older files have none
+    predictor = Predictor(model, InferencePipeline(**parts, target_types=types), rebuild(spec['output'], objects), None)
     predictor.spec = spec
     return predictor
 

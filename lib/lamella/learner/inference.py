@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from ..base.limits import as_numbers
-from ..base.nested import to_detach
+from ..base.nested import map_nested, to_detach
 from ..data.inference import InferencePipeline
 from ..nets.body import evaluating
 
 # %% auto #0
-__all__ = ['Prediction', 'Inference']
+__all__ = ['Prediction', 'activated', 'decided', 'Inference']
 
 # %% ../../../nbs/40_learner/00_inference.ipynb #9189fc5a
 class Prediction(tuple):
-    "(label, decision, probabilities), with names"
-    classes: Sequence[Any] | None = None
+    "(label, decision, probabilities), with names; tuples of them for several targets"
+    classes: Sequence[Any] | None = None # of several targets a tuple: those of each
     thresholds: dict[Any, float] | None = None # of several labels: from which probability on each is predicted
 
     @classmethod
@@ -41,20 +41,43 @@ class Prediction(tuple):
         "The decision, as people would say it"
         return self[0]
 
+    def each(self) -> list[Prediction]: # one for each target; itself if there is one
+        "The predictions of several targets, one by one"
+        return [Prediction.make(*o) for o in zip(*self, self.classes)] if isinstance(self.classes, tuple) else [self]
+
     @property
-    def probability(self) -> float | None: # 0 to 1; `None` if the task has no classes
+    def probability(self) -> Any: # 0 to 1; `None` if the task has no classes; a tuple for several targets
         "How probable the model takes its decision to be; `None` for several labels, see `probabilities`"
+        if isinstance(self.classes, tuple): return tuple(o.probability for o in self.each())
         if self.classes is None or self[1].numel() != 1 or self[2].dim() != 1 or self[1].dtype.is_floating_point or self[1].dtype == torch.bool: return None
         return float(self[2][int(self[1])])
 
     @property
-    def probabilities(self) -> dict[Any, float]: # largest first; empty if the task has no classes
+    def probabilities(self) -> Any: # largest first; empty if the task has no classes; a tuple for several targets
         "The probability of each class, by name"
+        if isinstance(self.classes, tuple): return tuple(o.probabilities for o in self.each())
         if self.classes is None or self[2].dim() != 1: return {}
         pairs = zip(self.classes, self[2].tolist())
         return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
 # %% ../../../nbs/40_learner/00_inference.ipynb #0c3b010f
+def activated(
+    output: Any, # has `activation`, such as a loss
+    preds: Any,  # what the model returned: a tensor, or nested ones; `None` where it left something out
+) -> Any:        # in the same nesting
+    "From outputs to their meaning, such as probabilities"
+    return output.activation(preds) if getattr(output, 'takes_all', False) else _one_by_one(output.activation, preds)
+
+def decided(
+    output: Any, # has `decodes`, such as a loss
+    probs: Any,  # from `activated`
+) -> Any:        # in the same nesting
+    "From the meaning to decisions"
+    return output.decodes(probs) if getattr(output, 'takes_all', False) else _one_by_one(output.decodes, probs)
+
+def _one_by_one(func: Any, x: Any) -> Any: return map_nested(lambda o: None if o is None else func(o), x)
+
+# %% ../../../nbs/40_learner/00_inference.ipynb #d1a48a60
 class Inference:
     "Predicts items: opens and transforms them, calls the model, decodes what it returns"
     def __init__(self,
@@ -83,6 +106,7 @@ class Inference:
 
     def _of_samples(self, samples: list[tuple]) -> list[Prediction]:
         outputs = self._outputs(samples)
+        if getattr(self.output, 'takes_all', False) or isinstance(outputs, (tuple, list)) and len(self.pipeline.targets) > 1: return self._of_several(samples, outputs)
         probs = to_detach(self.output.activation(outputs))
         decisions, classes = self.output.decodes(probs), self.pipeline.vocab
         found = [Prediction.make(self.pipeline.label(d, s), d, p, classes) for d, p, s in zip(decisions, probs, samples)]
@@ -96,6 +120,13 @@ class Inference:
         limits = as_numbers(thresh)
         return dict(zip(classes, limits if isinstance(limits, list) else [limits] * len(classes)))
 
+    def _of_several(self, samples: list[tuple], outputs: Any) -> list[Prediction]:
+        "Predictions of several targets: tuples of their parts"
+        probs = to_detach(activated(self.output, outputs))
+        decisions, classes = decided(self.output, probs), None if getattr(self.output, 'takes_all', False) else tuple(self.pipeline.vocabs)
+        parts = [[map_nested(lambda o: o[i], found) for found in (decisions, probs)] for i in range(len(samples))]
+        return [Prediction.make(self.pipeline.label(d, s), d, p, classes) for (d, p), s in zip(parts, samples)]
+
     def _outputs(self, samples: list[tuple]) -> Any:
         "What the model returns; items that are dictionaries go to the parameters of their names, without the targets"
         if len(samples[0]) == 1 and isinstance(samples[0][0], dict): return self._named_outputs(samples)
@@ -106,4 +137,5 @@ class Inference:
         from lamella.loop.named import call_named, main_output, split_named # an exported predictor of pictures needs nothing of the loop
         inputs = self.pipeline.batch([split_named(o[0])[0] for o in samples], self.device)
         with evaluating(self.model): return main_output(call_named(self.model, *inputs), self.output)
+
 

@@ -23,7 +23,7 @@ from ..data.loader import DataLoader
 from ..data.pipeline import DataError
 from ..data.showing import OF_GRID
 from .comparing import Comparison
-from .inference import Inference, Prediction
+from .inference import Inference, Prediction, activated, decided
 from ..loop.recorder import Recorder
 from ..losses import output_of_loss
 from ..nets.body import evaluating
@@ -89,9 +89,9 @@ class Predicting(Fitting):
 
     def _results(self, gather: GatherPredsCallback, act: Any, with_input: bool, with_decoded: bool, with_loss: bool) -> tuple:
         found, output = gather.gathered(), output_of_loss(self.loss_func)
-        preds = map_nested(_unless_none(output.activation if act is None else act), found['preds'])
+        preds = activated(output, found['preds']) if act is None else map_nested(lambda o: None if o is None else act(o), found['preds'])
         result = [found['inputs']] if with_input else []
-        decoded = found['decoded'] if found['decoded'] is not None else map_nested(_unless_none(output.decodes), preds) if with_decoded else None
+        decoded = found['decoded'] if found['decoded'] is not None else decided(output, preds) if with_decoded else None
         result += [preds, found['targets']] + ([decoded] if with_decoded else [])
         return tuple(result + ([found['losses']] if with_loss else []))
 
@@ -175,7 +175,7 @@ class Predicting(Fitting):
         output = output_of_loss(self.loss_func)
         self.model.to(self.dls.device)
         with evaluating(self.inference_model()) as model: pred = model(*to_device(self.split_batch_of(batch)[0], self.dls.device))
-        return tuple(as_list(map_nested(lambda o: output.decodes(output.activation(o)), pred)))
+        return tuple(as_list(decided(output, activated(output, pred))))
 
 def _unless_none(func: Callable[[Any], Any]) -> Callable[[Any], Any]:
     "A model may leave something out of its output"
@@ -202,4 +202,5 @@ class _Unreduced:
     def __exit__(self, *error: Any) -> None:
         self.learn.loss_func = self.before
         if hasattr(self, 'reduction'): self.before.reduction = self.reduction
+
 

@@ -43,7 +43,8 @@ def describe_pipeline(
         inputs.append(kept(fs))
     targets = [kept([f for f in field.fs if not f.is_getter and f._verbs['decodes']]) for field in pipeline.targets]
     found = {'inputs': inputs, 'targets': targets, 'item_tfms': kept(pipeline.item_tfms.fs), 'batch_tfms': kept(pipeline.batch_tfms.fs), 'item_kind': pipeline.item_kind}
-    return {**found, 'left_out': left_out, 'vocab': [str(o) for o in pipeline.vocab] if isinstance(pipeline.vocab, list) else None}
+    types = [describe(o, objects) if is_registered(o) else None for o in pipeline.target_types]
+    return {**found, 'target_types': types, 'left_out': left_out, 'vocab': [str(o) for o in pipeline.vocab] if isinstance(pipeline.vocab, list) else None}
 
 def describe_model(
     model: torch.nn.Module, # of a learner

@@ -24,6 +24,7 @@ def loss_of_task(
 ) -> BaseLoss:        # a loss; `ValueError` if there is none for it
     "The loss function that suits a task"
     if task in _LOSS_OF_TASK: return _LOSS_OF_TASK[task]()
+    if task == 'detection': raise ValueError('the loss of boxes and labels is computed by the model itself: use detection_learner(dls, ...), or give a loss_func for a model of your own')
     raise ValueError('the loss function cannot be told from the data: give one with loss_func=..., such as nn.CrossEntropyLoss() or MSELossFlat()')
 
 _LIKE: dict[type, type[BaseLoss]] = {nn.CrossEntropyLoss: CrossEntropyLossFlat, nn.BCEWithLogitsLoss: BCEWithLogitsLossFlat}

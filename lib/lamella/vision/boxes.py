@@ -29,7 +29,8 @@ __all__ = ['TensorBoxLabels', 'BoxLabels', 'CategorizeBoxes', 'BBoxLabeler', 'cl
 @register
 class TensorBoxLabels(TensorBase):
     "The classes (n,) of the boxes of an image"
-    bbox: TensorBBox | None = None # the boxes, on the way back
+    bbox: TensorBBox | None = None      # the boxes, on the way back
+    scores: torch.Tensor | None = None  # of predictions, on the way back
 
 class BoxLabels(Titled, list):
     "The labels of the boxes of an image, by name"
@@ -59,7 +60,7 @@ class CategorizeBoxes(Transform):
 
     def decodes(self, o: torch.Tensor) -> object:
         names, bbox = self.vocab.map_ids(o.flatten().tolist()), getattr(o, 'bbox', None)
-        return BoxLabels(names) if bbox is None else LabeledBBox(bbox, names)
+        return BoxLabels(names) if bbox is None else LabeledBBox(bbox, names, getattr(o, 'scores', None))
 
     @property
     def c(self) -> int: # number of classes, with '#na#'
@@ -82,9 +83,10 @@ class BBoxLabeler(ItemTransform):
     def decodes(self, b: tuple) -> Any:
         b = list(b)
         for bbox, labels in _pairs(tuple(b)):
-            real = ~b[bbox].empty()
+            real, scores = ~b[bbox].empty(), b[labels + 1] if len(b) > labels + 1 else None
             b[bbox], b[labels] = TensorBBox.cast(plain(b[bbox])[real]), TensorBoxLabels.cast(plain(b[labels])[real])
             b[labels].bbox = b[bbox]
+            if isinstance(scores, torch.Tensor) and scores.shape == real.shape and scores.is_floating_point(): b[labels].scores = plain(scores)[real] # of a prediction
         return tuple(b)
 
 def _pairs(b: tuple) -> list[tuple[int, int]]:

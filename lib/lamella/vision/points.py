@@ -160,10 +160,31 @@ class TensorBBox(TensorPoint):
         x = plain(self).clamp(-1, 1)
         return self.cast(x.masked_fill(self.cast(x).empty()[..., None], 0))
 
+    @classmethod
+    def landmarks(cls,
+        values: tuple,        # the inputs of a sample, as they were opened
+        tfms: Sequence[Any],  # the item transforms that they will go through
+    ) -> TensorPoint | None:  # (3,2), in pixels; `None` if there is no image, or if places are not scaled from its pixels
+        "The corners of an image at the left top, right top and left bottom: where they go tells where everything goes"
+        scaler = next((f for f in tfms if hasattr(f, 'do_scale')), None)
+        size = next((_size_of(o) for o in values if hasattr(o, 'contexts')), None)
+        if size is None or scaler is None or not scaler.do_scale or scaler.y_first: return None
+        return TensorPoint.create([[0, 0], [size[0], 0], [0, size[1]]])
+
+    def on_opened(self,
+        marks: torch.Tensor, # (3,2): where `landmarks` went, from -1 to 1 of the image that these boxes belong to
+    ) -> TensorBBox:         # from -1 to 1 of the image as it was opened, cut off at its edges
+        "The same boxes, in the image before all transforms"
+        first, right, down = marks.double()
+        back = torch.linalg.inv(torch.stack([right - first, down - first], 1)).T
+        return self.moved(lambda p: (((p.double() - first) @ back) * 2 - 1).to(p.dtype)).clipped()
+
     def empty(self) -> torch.Tensor: # booleans, one for each box
         "Which boxes have no area"
         x = plain(self)
         return (x[..., 2] <= x[..., 0]) | (x[..., 3] <= x[..., 1])
+
+def _size_of(image: Any) -> tuple[int, int]: return (image.shape[-1], image.shape[-2]) if isinstance(image, torch.Tensor) else image.size
 
 def _draw_box(ax: Axes, box: list[float], text: str | None, color: str, text_size: int, kwargs: dict[str, Any]) -> None:
     "One box with a label, outlined in black to be seen on any ground"
@@ -176,12 +197,28 @@ def _draw_box(ax: Axes, box: list[float], text: str | None, color: str, text_siz
 
 # %% ../../../nbs/60_vision/02_points.ipynb #98dafe6f
 class LabeledBBox(tuple):
-    "Boxes and the label of each: unpacks into the two"
+    "Boxes and the label of each: unpacks into the two; predicted ones have scores"
+    tells_all = True # also what the field of the boxes says
+    scores: list[float] | None = None
+
     def __new__(cls,
         bbox: TensorBBox,     # (n,4)
         lbl: Sequence[Any],   # n labels
+        scores: Sequence[float] | None = None, # n scores, of predictions
     ) -> LabeledBBox:
-        return super().__new__(cls, (bbox, list(lbl)))
+        made = super().__new__(cls, (bbox, list(lbl)))
+        if scores is not None: made.scores = [float(o) for o in scores]
+        return made
+
+    def __repr__(self) -> str: # such as "cat 0.97 (10, 20, 50, 60)"
+        places = [f"({', '.join(f'{v:.4g}' for v in box)})" for box in plain(self.bbox).view(-1, 4).tolist()]
+        return '; '.join(f'{text} {place}' for text, place in zip(self.texts(), places)) or 'no boxes'
+
+    __str__ = __repr__
+
+    def texts(self) -> list[str]: # such as 'cat 0.97'
+        "The label of each box, with its score if it has one"
+        return [str(o) for o in self.lbl] if self.scores is None else [f'{o} {score:.2f}' for o, score in zip(self.lbl, self.scores)]
 
     @property
     def bbox(self) -> TensorBBox: # (n,4)
@@ -198,32 +235,39 @@ class LabeledBBox(tuple):
         **kwargs: Any,           # passed on to `TensorBBox.show`
     ) -> Axes:                   # the axes drawn on
         "Draw the boxes with their labels, without those of no class ('#na#')"
-        known = self._known()
-        return TensorBBox.cast(plain(self.bbox)[known]).show(ctx=ctx, text=[str(self.lbl[i]) for i in known], **kwargs)
+        known = [i for i, label in enumerate(self.lbl) if label != '#na#']
+        texts = self.texts()
+        return TensorBBox.cast(plain(self.bbox)[known]).show(ctx=ctx, text=[texts[i] for i in known], **kwargs)
 
-    def _known(self) -> list[int]: return [i for i, label in enumerate(self.lbl) if label != '#na#']
+    def matches(self,
+        guess: LabeledBBox,     # predictions, in the same image
+        least: float = 0.5,     # intersection over union of boxes that are about the same thing
+    ) -> tuple[list[bool], list[bool]]: # for each prediction, whether it is right; for each target, whether it was found
+        "Which predictions agree with a target: the best score chooses first, and each target is found once"
+        from torchvision.ops import box_iou
+        right, found = [False] * len(guess.lbl), [False] * len(self.lbl)
+        ious = box_iou(plain(guess.bbox).view(-1, 4).float(), plain(self.bbox).view(-1, 4).float())
+        for i in sorted(range(len(right)), key=lambda i: -(guess.scores or [0] * len(right))[i]):
+            same = [(float(ious[i, j]), j) for j, label in enumerate(self.lbl) if label == guess.lbl[i] and not found[j] and ious[i, j] >= least]
+            if same: right[i] = found[max(same)[1]] = True
+        return right, found
 
     def show_beside(self,
-        guess: LabeledBBox,                # what was predicted in place of these
-        ctx: Axes | None = None,           # where to draw
-        scores: torch.Tensor | None = None, # (n,) how sure each predicted box is
-        iou: float = 0.5,                  # a box that overlaps one of its class at least so much is right
-    ) -> Axes:                             # the axes drawn on
+        guess: LabeledBBox,       # what was predicted in place of these
+        ctx: Axes | None = None,  # where to draw
+        scores: Any = None,       # (n,) how sure each predicted box is, if the boxes do not know it
+    ) -> Axes:                    # the axes drawn on
         "Draw predicted boxes: green if there is such a box, each once, red if not; and count"
-        right, known = self.matched(guess, iou), guess._known()
-        for i in known: TensorBBox.cast(plain(guess.bbox)[i:i + 1]).show(ctx, f'{guess.lbl[i]}' + ('' if scores is None else f' {float(scores[i]):.2f}'), 'lime' if i in right else 'red')
-        counts = {'right': len(right), 'wrong': len(known) - len(right), 'missed': len(self._known()) - len(right)}
+        if guess.scores is None and scores is not None: guess = LabeledBBox(guess.bbox, guess.lbl, [float(o) for o in scores[:len(guess.lbl)]])
+        (right, found), known = self.matches(guess), [o != '#na#' for o in guess.lbl]
+        for color, kept in (('red', [k and not r for k, r in zip(known, right)]), ('lime', right)): ctx = guess.where(kept).show(ctx=ctx, color=color)
+        missed = sum(label != '#na#' and not f for label, f in zip(self.lbl, found))
+        counts = {'right': sum(right), 'wrong': sum(known) - sum(right), 'missed': missed}
         return show_title(', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'nothing', ctx=_axes(ctx))
 
-    def matched(self,
-        guess: LabeledBBox, # predicted boxes, the best first
-        iou: float = 0.5,   # least overlap
-    ) -> set[int]:          # numbers of boxes of `guess`
-        "Which predicted boxes are right: each box of this can be found once"
-        from torchvision.ops import box_iou
-        free, right = set(self._known()), set()
-        overlap = box_iou(plain(guess.bbox).float(), plain(self.bbox).float())
-        for i in guess._known():
-            same = [j for j in free if self.lbl[j] == guess.lbl[i] and overlap[i, j] >= iou]
-            if same: right.add(i); free.remove(max(same, key=lambda j: float(overlap[i, j])))
-        return right
+    def where(self,
+        chosen: Sequence[bool], # one for each box
+    ) -> LabeledBBox:           # those boxes
+        "Some of the boxes, with their labels and scores"
+        kept = [i for i, o in enumerate(chosen) if o]
+        return LabeledBBox(TensorBBox.cast(plain(self.bbox)[kept]), [self.lbl[i] for i in kept], None if self.scores is None else [self.scores[i] for i in kept])
