@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/50_interpret/04_classification.ipynb #068ae542
 from __future__ import annotations
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 
 from ..base.errors import describe_value
-from ..base.figures import subplots
 from ..base.nested import to_concat, to_detach
 from ..base.registry import require
 from .core import Interpretation
@@ -121,7 +119,7 @@ class ClassificationInterpretation(Interpretation):
         "Draw the confusion matrix; of many classes with the ten largest confusions numbered and named; of several labels a sample a bar for each label"
         matrix, names = self.confusion_matrix(), self.classes
         if self.is_multi_label: return draw_bars(matrix, names, normalize, title, figsize, **kwargs)
-        return draw_matrix(matrix, names, normalize, title, cmap, norm_dec, plot_txt, figsize, self.most_confused(), **kwargs)
+        return draw_matrix(matrix, names, normalize, title, cmap, norm_dec, plot_txt, figsize, confused=self.most_confused(), **kwargs)
 
     def print_classification_report(self) -> None:
         "Print scikit-learn's report: precision, recall and F1 of each class"

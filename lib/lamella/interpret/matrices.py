@@ -30,6 +30,7 @@ def draw_matrix(
     norm_dec: int = 2,         # digits after the point, for shares
     plot_txt: bool | None = None, # write the numbers; for up to 25 classes if not given
     figsize: tuple[float, float] | None = None, # inches
+    digits: int | None = None, # after the point, where the counts are shares already
     confused: Sequence[tuple] = (), # (target, prediction, how often), the most frequent first: listed beside a matrix without numbers
     **kwargs: Any,             # passed on to `subplots`, such as `dpi`
 ) -> Axes:                     # the axes drawn on
@@ -40,7 +41,8 @@ def draw_matrix(
     ax = subplots(figsize=figsize or (size + (3 if confused and not plot_txt else 0), size), **kwargs)[1][0, 0]
     ax.imshow(shares if normalize else counts, cmap=cmap)
     _name_axes(ax, title, names)
-    if plot_txt: _write_numbers(ax, [[f'{v:.{norm_dec}f}' for v in row] for row in shares] if normalize else counts, shares if normalize else counts / max(counts.max(), 1))
+    drawn, digits = (shares, norm_dec) if normalize else (counts, digits)
+    if plot_txt: _write_numbers(ax, drawn if digits is None else [[f'{v:.{digits}f}' for v in row] for row in drawn], drawn / max(drawn.max(), 1e-9))
     elif n > _MOST_NUMBERS: _list_confusions(ax, list(names), confused[:_LISTED])
     return ax
 
