@@ -5,13 +5,14 @@
 # %% ../../../nbs/50_interpret/02_core.ipynb #30178ec8
 from __future__ import annotations
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from fastcore.foundation import mask2idxs
 
-from ..base.nested import map_nested, to_detach
+from ..base.nested import find_bs, map_nested, to_detach
 from ..data.loader import DataLoader
 from ..data.types import Category
 from .items import can_read_again, chosen_items, loader_in_order, names_of_items, some_samples
@@ -40,7 +41,7 @@ class PassReader(Callback):
     def after_batch(self) -> None:
         if not self.yb: raise ValueError('there are no targets to compare the predictions with: dls.test_dl(items, with_labels=True) makes them')
         if not isinstance(self.loss_func, OwnLoss): self.losses.append(to_detach(self.losses_of(self.loss_func, self.pred, *self.yb)))
-        elif self.loss is not None and len(self.yb[0]) == 1: self.losses.append(to_detach(self.loss).reshape(1))
+        elif self.loss is not None and self.loss.numel() == find_bs(self.yb): self.losses.append(to_detach(self.loss).reshape(-1))
         self.take(self.pred, self.yb)
 
     @property
@@ -78,8 +79,9 @@ class Interpretation:
     def read(self) -> None:
         "One pass over the loader"
         self.begin()
-        reader = PassReader(self.take, self.losses_of)
-        self.learn.get_preds(dl=self.dl, with_preds=False, with_targs=False, cbs=reader)
+        reader, loss_func = PassReader(self.take, self.losses_of), self.learn.loss_func
+        with self.learn.loss_not_reduced() if isinstance(loss_func, OwnLoss) and hasattr(loss_func, 'reduction') else nullcontext():
+            self.learn.get_preds(dl=self.dl, with_preds=False, with_targs=False, cbs=reader)
         self._losses = reader.found
         self._kept = self.end()
 
@@ -116,6 +118,7 @@ class Interpretation:
     ) -> tuple[Any, Any]: # what it means, such as probabilities; the decisions
         "The meaning of a prediction, as the loss knows it"
         output = output_of_loss(self.learn.loss_func)
+        if getattr(output, 'takes_all', False): return pred, output.decodes(pred) # what a detector returns means something as a whole
         meant = map_nested(output.activation if self.act is None else self.act, pred)
         return meant, map_nested(output.decodes, meant)
 
@@ -160,7 +163,7 @@ class Interpretation:
         inputs, targets, decoded = map(as_tuple, (inputs, targets, decoded))
         n = len(targets[0])
         truth = self.dl.decode_batch((*inputs, *targets), n)
-        guess = [o[len(inputs):] for o in self.dl.decode_batch((*inputs, *decoded[:len(targets)]), n)]
+        guess = [o[len(inputs):len(inputs) + len(targets)] for o in self.dl.decode_batch((*inputs, *decoded), n)]
         return truth, guess, [map_nested(lambda o: o[i], preds) for i in range(n)], [float('nan')] * n if losses is None else losses.tolist()
 
     def show_results(self,

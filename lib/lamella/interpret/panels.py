@@ -38,7 +38,7 @@ def _is_panel(value: Any) -> bool: return bool(getattr(value, 'is_picture', Fals
 
 def _panels(targets: tuple) -> list[str]:
     "The headings of the panels that a sample has besides those of its inputs"
-    if not any(map(_is_panel, targets)): return []
+    if not any(map(_is_panel, targets)) or any(hasattr(o, 'show_compared') for o in targets): return []
     return ['target', 'prediction'] if any(hasattr(o, 'lbl') for o in targets) else ['input', 'target', 'prediction']
 
 def _marks(values: tuple) -> list[Any]:
@@ -76,6 +76,9 @@ def _show_inputs(values: tuple, ctxs: list, options: dict[str, Any]) -> Any:
 
 def _show_over(sample: tuple, guess: tuple, n_inp: int, ctxs: list, title: str, color: str, options: dict[str, Any]) -> None:
     ctx = _show_inputs(sample[:n_inp], ctxs, options) if ctxs[0] is not None else None
+    told = [(a, b) for a, b in zip(sample[n_inp:], guess) if hasattr(a, 'show_compared')] if ctx is not None else []
+    for target, predicted in told: target.show_compared(predicted, ctx=ctx)
+    if told: sample, guess = sample[:n_inp], ()
     for values, mark in ((sample[n_inp:], 'lime'), (guess, 'red')):
         for value in _marks(values) if ctx is not None else (): value.show(ctx=ctx, color=mark)
     show_title(title, ctx, color)
