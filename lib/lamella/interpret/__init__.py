@@ -6,6 +6,7 @@
 __all__ = ['Interpretation', 'ClassificationInterpretation']
 
 # %% ../../../nbs/50_interpret/09_init.ipynb #9add0a2f
-from .core import ClassificationInterpretation, Interpretation
+from .classification import ClassificationInterpretation
+from .core import Interpretation
 
 _all_ = ['Interpretation', 'ClassificationInterpretation']
