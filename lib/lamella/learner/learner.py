@@ -19,6 +19,7 @@ from ..data.loaders import DataLoaders
 from .calling import Calling
 from .precision import Precision
 from .distributing import Distributing
+from .embedding import Embedding
 from .saving import Saving
 from ..loop.named import OwnLoss, computes_loss
 from .strategies import Strategies
@@ -37,7 +38,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/09_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Saving, Distributing, Calling):
+class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Embedding, Saving, Distributing, Calling):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,
