@@ -27,7 +27,7 @@ class Summarising(Fitting):
         self.model.to(self.dls.device)
         with keep_random_states(): batch = self._batch_to_look_at()
         self._n_inp = getattr(self.dls, 'n_inp', None)
-        rows = [('Task', getattr(self.dls, 'task', None)), ('Loss function', self.loss_func), ('Optimizer', self._optimizer_text()), ('Model', self._frozen_text())]
+        rows = [('Task', getattr(self.dls, 'task', None)), ('Loss function', self.loss_func), ('Optimizer', self._optimizer_text()), ('Model', self._frozen_text()), ('Input', self._normalisation_text())]
         about = '\n'.join(f'{name}: {getattr(value, "__name__", value)}' for name, value in rows if value)
         callbacks = '\n'.join(f'  - {cb}' for cb in sorted(self.cbs, key=lambda cb: cb.order))
         return PrettyText(f'{self._layers_text(batch)}\n{about}\nCallbacks:\n{callbacks}')
@@ -47,6 +47,11 @@ class Summarising(Fitting):
         if self.opt is not None: return repr(self.opt)
         func = getattr(self.opt_func, 'func', self.opt_func)
         return f"{getattr(func, '__name__', func)}, made when the first fit begins"
+
+    def _normalisation_text(self) -> str:
+        "What the loaders normalise with"
+        fs = getattr(getattr(self.dls.train, 'after_batch', None), 'fs', ())
+        return ', '.join(repr(f) for f in fs if hasattr(f, 'mean') and hasattr(f, 'std'))
 
     def _frozen_text(self) -> str:
         "Which groups are trained"

@@ -149,10 +149,11 @@ def _choice(arch: Architecture) -> str:
 Stats = tuple[list[float], list[float]]
 
 def stats_of(
-    arch: Any,                     # an architecture, an entry of torchvision's enums of weights, or a network that was built by timm or torchvision
+    arch: Any,                     # an architecture, an entry of torchvision's enums of weights, a network (or pair) of timm's or torchvision's making
 ) -> Stats | None:                 # mean and standard deviation of each channel, for pixels from 0 to 1; `None` if nothing is known
     "The statistics that an architecture's pretrained weights expect: the model's own"
     if isinstance(arch, Enum): return _stats_of_transforms(arch)
+    if isinstance(arch, tuple): arch = arch[0] # a pair (body, features)
     if isinstance(arch, nn.Module): return _stats_of_network(arch)
     found = find_architecture(arch)
     if found is None: return None
@@ -176,7 +177,8 @@ def _stats_of_transforms(entry: Enum) -> Stats | None:
     return (list(transforms.mean), list(transforms.std)) if hasattr(transforms, 'mean') else None
 
 def _stats_of_network(model: nn.Module) -> Stats | None:
-    "Of the first of its parts that knows"
+    "Of what it was built of, or of the first of its parts that knows"
+    if hasattr(model, 'made_from'): return stats_of(model.made_from['arch'])
     for part in model.modules():
         if getattr(part, 'pretrained_cfg', None): return _stats_of_timm(part.pretrained_cfg)
         if type(part).__module__.startswith('torchvision.models.'): return _stats_of_torchvision('resnet18') # as all of torchvision's classifiers have, but efficientnet_v2_l

@@ -101,13 +101,14 @@ def try_body(
     body: Callable,           # from images to features: a network or a method of it
     model: nn.Module,         # the network, for its device and the channels that it takes
     sizes: tuple = (64, 224), # heights and widths that are tried, one after the other
+    n_in: int | None = None,  # channels of the images; those of the first convolution if not given
 ) -> Any:                     # what it returns for two images
     "What a network returns for images of zeros, in evaluation mode; the error of the last size if it takes none"
     p = next(model.parameters())
     for k, size in enumerate(sizes):
         h, w = (size, size) if isinstance(size, int) else size
         try:
-            with evaluating(model): return body(torch.zeros(2, in_channels(model), h, w, device=p.device, dtype=p.dtype))
+            with evaluating(model): return body(torch.zeros(2, n_in or in_channels(model), h, w, device=p.device, dtype=p.dtype))
         except Exception:
             if k == len(sizes) - 1: raise
 
@@ -118,20 +119,21 @@ def _sizes(model: nn.Module) -> tuple:
 
 def _is_map(x: Any) -> bool: return isinstance(x, torch.Tensor) and x.dim() == 4
 
-def _pools_itself(model: nn.Module) -> bool:
+def _pools_itself(model: nn.Module, n_in: int | None = None) -> bool:
     "Does a network of timm return something else than a map (n, num_features, h, w) before its own pooling?"
-    features = try_body(model.forward_features, model, _sizes(model))
+    features = try_body(model.forward_features, model, _sizes(model), n_in)
     return not (_is_map(features) and features.shape[1] == model.num_features)
 
 def timm_body(
     model: nn.Module,     # a network of timm; its classifier is taken out
     trim: bool = True,    # take out what comes after the features, too
+    n_in: int | None = None, # channels of the images; those of its first convolution if not given
 ) -> tuple[nn.Module, int]: # body, and how many features it returns
     "The body of a network of timm"
     model.reset_classifier(0)
-    body = TimmBody(model)
-    if body.needs_pool and trim: drop_unused(model, model.forward_features, _sizes(model))
-    return body, _features_of(try_body(body, model, _sizes(model)), model)
+    body, sizes = TimmBody(model, pooled=_pools_itself(model, n_in)), _sizes(model)
+    if body.needs_pool and trim: drop_unused(model, model.forward_features, sizes, n_in)
+    return body, _features_of(try_body(body, model, sizes, n_in), model)
 
 def _features_of(features: Any, model: nn.Module) -> int:
     "How many there are; `ValueError` if it is not a map or a vector"
@@ -146,13 +148,14 @@ def drop_unused(
     model: nn.Module,  # changed: layers that are not used become `nn.Identity`
     forward: Callable, # what is used of it, from images to features
     sizes: tuple,      # heights and widths of images that it takes
+    n_in: int | None = None, # channels of the images; those of its first convolution if not given
 ) -> None:
     "Take out the children whose parameters do not take part in `forward`"
     model.zero_grad(set_to_none=True)
     modes = [(layer, layer.training) for layer in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     model.eval().requires_grad_(True)
-    try: _backward(model, forward, sizes)
+    try: _backward(model, forward, sizes[-1], n_in or in_channels(model))
     finally:
         for layer, mode in modes: layer.training = mode
         for p, trains in wanted: p.requires_grad_(trains)
@@ -160,9 +163,9 @@ def drop_unused(
         if any(True for _ in child.parameters()) and all(p.grad is None for p in child.parameters()): setattr(model, name, nn.Identity())
     model.zero_grad(set_to_none=True)
 
-def _backward(model: nn.Module, forward: Callable, sizes: tuple) -> None:
-    p, (h, w) = next(model.parameters()), (sizes[-1],) * 2 if isinstance(sizes[-1], int) else sizes[-1]
-    with torch.enable_grad(): forward(torch.zeros(1, in_channels(model), h, w, device=p.device, dtype=p.dtype)).sum().backward()
+def _backward(model: nn.Module, forward: Callable, size: Any, n_in: int) -> None:
+    p, (h, w) = next(model.parameters()), (size, size) if isinstance(size, int) else size
+    with torch.enable_grad(): forward(torch.zeros(1, n_in, h, w, device=p.device, dtype=p.dtype)).sum().backward()
 
 # %% ../../../nbs/60_vision/31_bodies.ipynb #9e8958b5
 def torchvision_body(

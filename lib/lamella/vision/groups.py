@@ -26,11 +26,15 @@ def body_units(
     return _once(units)
 
 def _matched(model: nn.Module) -> list[Parameters]:
-    "By the depth that a network of timm says: in stages, or in blocks if there are only few stages"
+    "By the depth that a network of timm says: in stages, or in blocks if there are only few stages, or one of them is nearly everything"
+    try: stages = _by_depth(model, True)
+    except AssertionError: stages = [] # 'coarse grouping is not implemented'
+    counts = [_count(o) for o in stages]
+    return stages if len(stages) >= 4 and max(counts) < 0.75 * sum(counts) else _by_depth(model, False)
+
+def _by_depth(model: nn.Module, coarse: bool) -> list[Parameters]:
     from timm.models import group_parameters
-    stages = group_parameters(model, model.group_matcher(coarse=True), return_values=True)
-    groups = stages if len(stages) >= 4 else group_parameters(model, model.group_matcher(coarse=False), return_values=True)
-    return list(groups.values()) # in their order
+    return list(group_parameters(model, model.group_matcher(coarse=coarse), return_values=True).values()) # in their order
 
 def _nested(body: nn.Module) -> list[Parameters]:
     "Children; as long as they are few, the children of the one with most weights"

@@ -4,7 +4,7 @@
 
 # %% ../../../nbs/60_vision/17_nets.ipynb #29050328
 from __future__ import annotations
-import warnings
+import copy
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.registry import did_you_mean, is_registered, register
-from ..nets.body import add_head, adapt_channels, adapt_weight, create_body, default_split, num_features_model
+from ..base.registry import is_registered, register
+from ..nets.body import add_head, adapt_channels, create_body, num_features_model
 from ..nets.weights import load_weights, read_state_dict
 from .architectures import Architecture, find_architecture, list_backbones, not_loaded, stats_of
 from .bodies import FeatureVector, TimmBody, module_body, pair_body, returns_map, timm_body, torchvision_body
@@ -41,7 +41,7 @@ def build_body(
     if found is None: body, n = _own_body(arch, pretrained, weights, n_in, cut, options)
     else:
         model, options = (_timm_network if found.library == 'timm' else _torchvision_network)(found, pretrained, weights, n_in or 3, options)
-        body, n = _named_body(found, model, cut, trim)
+        body, n = _named_body(found, model, cut, trim, n_in or 3)
     if found is not None or is_registered(arch): body.made_from = dict(arch=_name(found, body) or arch, n_in=n_in or 3, cut=cut, trim=trim, options=options)
     return body, n
 
@@ -50,10 +50,10 @@ def _name(found: Architecture | None, body: nn.Module) -> str | None:
     config = getattr(getattr(body, 'model', None), 'pretrained_cfg', {})
     return None if found is None else f"timm:{config['architecture']}" if found.name.startswith(('hf-hub:', 'local-dir:')) else str(found)
 
-def _named_body(found: Architecture, model: nn.Module, cut: int | Callable | None, trim: bool) -> tuple[nn.Module, int]:
+def _named_body(found: Architecture, model: nn.Module, cut: int | Callable | None, trim: bool, n_in: int) -> tuple[nn.Module, int]:
     try:
         if cut is not None: return _cut(model, cut)
-        return timm_body(model, trim) if found.library == 'timm' else torchvision_body(model)
+        return timm_body(model, trim, n_in) if found.library == 'timm' else torchvision_body(model)
     except ValueError as error: raise ValueError(f'{found}: {error}') from error
 
 def _own_body(arch: Any, pretrained: bool, weights: Any, n_in: int | None, cut: int | Callable | None, options: dict[str, Any]) -> tuple[nn.Module, int]:
@@ -66,6 +66,7 @@ def _own_body(arch: Any, pretrained: bool, weights: Any, n_in: int | None, cut: 
     if isinstance(model, nn.Module) and cut is not None: model = copy.deepcopy(model) # the one that was given stays as it is
     body, n = pair_body(model) if isinstance(model, tuple) else module_body(model) if cut is None else _cut(model, cut)
     if n_in is not None: adapt_channels(body, n_in, pretrained or weights is not None or ready)
+    if n_in is not None and hasattr(body, 'made_from'): body.made_from['n_in'] = n_in
     return body, n
 
 def _with_weights(arch: Any, weights: Any) -> Any:
