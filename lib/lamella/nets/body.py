@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/11_nets/02_body.ipynb #ff245794
 from __future__ import annotations
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,16 +12,18 @@ import torch
 from torch import nn
 
 from .groups import children_groups
-from .layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange
+from .layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange, apply_init
 
 # %% auto #0
-__all__ = ['cut_model', 'create_body', 'in_channels', 'evaluating', 'num_features_model', 'Flatten', 'create_head',
-           'default_split']
+__all__ = ['has_pool_type', 'cut_model', 'create_body', 'in_channels', 'evaluating', 'num_features_model', 'adapt_channels',
+           'adapt_weight', 'Flatten', 'create_head', 'add_head', 'default_split']
 
 # %% ../../../nbs/11_nets/02_body.ipynb #266a34b0
-def _is_pool(m: nn.Module) -> bool:
-    "Does this layer, or one in it, pool?"
-    return 'Pool' in type(m).__name__ or any('Pool' in type(o).__name__ for o in m.modules())
+def has_pool_type(
+    m: nn.Module, # a layer, or a network
+) -> bool:        # whether something in it pools
+    "Is `m` a pooling layer, or has it one in it?"
+    return any(re.search('Pool([123]d)?$', type(o).__name__) for o in m.modules())
 
 def cut_model(
     model: nn.Module,                            # a network whose children are called one after the other
@@ -28,15 +31,19 @@ def cut_model(
 ) -> nn.Module:                                  # the body
     "The first part of a network"
     if callable(cut): return cut(model)
+    if not isinstance(cut, int): raise TypeError(f'cut is the number of children to keep, or a function from the network to its body, not {cut!r}')
     return nn.Sequential(*list(model.children())[:cut])
 
 def create_body(
     model: nn.Module,                                            # a network whose children are called one after the other
+    n_in: int = 3,                                               # channels of the images; the first convolution is changed if it takes others
+    pretrained: bool = True,                                     # keep what its weights have learned
     cut: int | Callable[[nn.Module], nn.Module] | None = None,   # where; before the last child that pools if not given
 ) -> nn.Module:                                                  # the body
     "The part of a network before its last pooling; `ValueError` if there is none"
+    if n_in != 3: adapt_channels(model, n_in, pretrained)
     if cut is not None: return cut_model(model, cut)
-    pools = [i for i, child in enumerate(model.children()) if _is_pool(child)]
+    pools = [i for i, child in enumerate(model.children()) if has_pool_type(child)]
     if not pools: raise ValueError(f'{type(model).__name__} has no pooling layer to be cut at: give cut=, the number of children to keep or a function that returns the body')
     return cut_model(model, pools[-1])
 
@@ -69,6 +76,32 @@ def num_features_model(
     first = next(m.parameters())
     with evaluating(m): return m(torch.zeros(2, in_channels(m), size, size, device=first.device, dtype=first.dtype)).shape[1]
 
+# %% ../../../nbs/11_nets/02_body.ipynb #5562fea4
+def adapt_channels(
+    model: nn.Module,        # its first convolution is changed
+    n_in: int,               # channels of the images
+    pretrained: bool = True, # keep what its weights have learned; if not, it begins at random
+) -> None:
+    "Let the first convolution take `n_in` channels; `ValueError` if the first layer is no convolution"
+    first = next((m for m in model.modules() if isinstance(getattr(m, 'weight', None), torch.Tensor) and m.weight.dim() > 1), None)
+    if not isinstance(first, nn.Conv2d) or first.groups != 1:
+        raise ValueError(f'the first layer of {type(model).__name__} is {first}, and only a Conv2d of one group can be changed to {n_in} channels: build the network for them, and give it as it is')
+    if first.in_channels == n_in: return
+    first.in_channels, trained = n_in, first.weight.requires_grad
+    first.weight = nn.Parameter(adapt_weight(first.weight.detach(), n_in), requires_grad=trained)
+    if not pretrained: first.reset_parameters()
+
+def adapt_weight(
+    weight: torch.Tensor, # (out, channels, h, w), of a convolution
+    n_in: int,            # channels of the images
+) -> torch.Tensor:        # (out, n_in, h, w)
+    "The weight of a first convolution for other channels: the sum for one, further ones begin with zeros"
+    known = weight.shape[1]
+    if n_in == 1: return weight.sum(1, keepdim=True)
+    if known == 1: return weight.expand(-1, n_in, -1, -1) / n_in
+    if n_in < known: return weight[:, :n_in] * (known / n_in)
+    return torch.cat([weight, weight.new_zeros(len(weight), n_in - known, *weight.shape[2:])], 1)
+
 # %% ../../../nbs/11_nets/02_body.ipynb #034878cc
 class Flatten(nn.Flatten):
     "From (n, ...) to (n, features)"
@@ -99,6 +132,28 @@ def create_head(
     if bn_final: layers.append(nn.BatchNorm1d(n_out, momentum=0.01))
     if y_range is not None: layers.append(SigmoidRange(*y_range))
     return nn.Sequential(*layers)
+
+# %% ../../../nbs/11_nets/02_body.ipynb #5ce8db62
+def add_head(
+    body: nn.Module,                                    # returns (n, nf, h, w), or (n, nf) with `pool=False`
+    nf: int,                                            # channels of the body
+    n_out: int,                                         # outputs
+    init: Callable | None = nn.init.kaiming_normal_,    # fills the weights of the new head
+    head: nn.Module | None = None,                      # in place of a new one
+    concat_pool: bool = True,                           # largest and average value, or average only
+    pool: bool = True,                                  # begin with pooling
+    lin_ftrs: list[int] | None = None,                  # sizes of the layers in between; [512] if not given
+    ps: float | list[float] = 0.5,                      # dropout; of the last layer if one number (half as much before)
+    first_bn: bool = True,                              # batch norm before the first linear layer
+    bn_final: bool = False,                             # batch norm after the last one
+    lin_first: bool = False,                            # linear layer before batch norm and dropout
+    y_range: tuple[float, float] | None = None,         # squeeze the outputs into this range
+) -> nn.Sequential:                                     # body and head
+    "Body and head, as one network"
+    if head is not None: return nn.Sequential(body, head)
+    model = nn.Sequential(body, create_head(nf, n_out, lin_ftrs, ps, pool, concat_pool, first_bn, bn_final, lin_first, y_range))
+    if init is not None: apply_init(model[1], init)
+    return model
 
 # %% ../../../nbs/11_nets/02_body.ipynb #48892b66
 def default_split(

@@ -207,6 +207,11 @@ class Normalize(BatchTransform):
         mean, std = self._on(x.device)
         return x * std + mean
 
+    def __repr__(self) -> str:
+        if self.mean is None or self.std is None: return 'Normalize(statistics of the first batch)'
+        mean, std = (' '.join(f'{v:.3g}' for v in o.flatten().tolist()) for o in (self.mean, self.std))
+        return f'Normalize(mean {mean}, std {std})'
+
     def spec_args(self) -> dict[str, Any]: # arguments that make the same transform again
         "What an exported file has to say of this transform"
         return {'mean': None if self.mean is None else self.mean.tolist(), 'std': None if self.std is None else self.std.tolist(), 'axes': self.axes}

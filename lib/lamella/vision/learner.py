@@ -4,36 +4,41 @@
 
 # %% ../../../nbs/60_vision/18_learner.ipynb #a4629e06
 from __future__ import annotations
+import inspect
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..base.registry import checked_keywords
+from ..base.registry import did_you_mean
 from ..learner.defaults import chosen_metrics
 from ..learner.learner import Learner
+from ..nets.body import in_channels
 from ..nets.weights import set_channels_last
 from ..optim.optimizer import Adam
+from .architectures import Stats, stats_of
 from .batch import Normalize
-from .nets import create_vision_model, stats_of, vision_splitter
+from .groups import vision_splitter
+from .nets import create_vision_model, model_meta
 
 # %% auto #0
-__all__ = ['cnn_learner', 'vision_learner', 'add_normalization']
+__all__ = ['cnn_learner', 'vision_learner', 'add_normalization', 'stats_for_channels']
 
 # %% ../../../nbs/60_vision/18_learner.ipynb #50f31506
-@checked_keywords
 def vision_learner(
     dls: Any,                                      # loaders of images
-    arch: Any,                                     # a name of timm, a function of torchvision, or a function `arch(pretrained)`
+    arch: Any,                                     # a name of timm or torchvision, a function of theirs, a function `arch(pretrained)`, a network, or a pair (body, features)
     normalize: bool = True,                        # normalise as the pretrained weights expect it
     n_out: int | None = None,                      # outputs; as many as the data needs if not given
-    pretrained: bool = True,                       # with the library's weights
+    pretrained: bool = True,                       # with the library's weights; of a network or pair: its weights are worth freezing
     weights: Any = None,                           # a file, a state dict or an entry of torchvision's enums, in place of the library's default
     loss_func: Callable[..., Any] | None = None,   # that of the data's task if not given
     opt_func: Any = Adam,                          # makes an optimizer of parameter groups
     lr: Any = 1e-3,                                # learning rate where none is given
-    splitter: Callable | None = None,              # from the model to its parameter groups
+    splitter: Callable | None = None,              # from the model to its parameter groups; three by depth if not given
     cbs: Any = None,                               # callbacks
     metrics: Any = None,                           # functions of predictions and targets, or metrics; that of the data's task if not given, none for `[]`
     path: str | os.PathLike | None = None,         # where files are kept
@@ -44,22 +49,27 @@ def vision_learner(
     moms: tuple[float, float, float] = (0.95, 0.85, 0.95), # momentum of one cycle
     cut: int | Callable | None = None,             # where to cut the network; found if not given
     custom_head: nn.Module | None = None,          # in place of the new head
-    init: Callable = nn.init.kaiming_normal_,      # fills the weights of the head
-    n_in: int = 3,                                 # channels of the images
+    init: Callable | None = nn.init.kaiming_normal_, # fills the weights of the head
+    n_in: int | None = None,                       # channels of the images; three, or as many as a network or pair takes, if not given
     lin_ftrs: list[int] | None = None,             # sizes of the layers of the head; [512] if not given
     ps: float | list[float] = 0.5,                 # dropout of the head
     concat_pool: bool = True,                      # largest and average value, or average only
-    pool: bool = True,                             # begin the head with pooling
+    pool: bool = True,                             # begin the head with pooling, if the body returns a map
     first_bn: bool = True,                         # batch norm before the first linear layer
     bn_final: bool = False,                        # batch norm after the last one
     lin_first: bool = False,                       # linear layer before batch norm and dropout
     y_range: tuple[float, float] | None = None,    # squeeze the outputs into this range
+    **kwargs: Any,                                 # arguments of the network's constructor (`drop_path_rate`, `img_size`, ...)
 ) -> Learner:                                      # frozen up to the head, if there are pretrained weights
     "A learner with a pretrained body and a new head"
-    model = create_vision_model(arch, _outputs(dls, n_out), pretrained, weights, n_in, cut, custom_head, init, lin_ftrs, ps, concat_pool, pool, first_bn, bn_final, lin_first, y_range)
+    meta = model_meta.get(arch, {})
+    head = dict(custom_head=custom_head, init=init, lin_ftrs=lin_ftrs, ps=ps, concat_pool=concat_pool, pool=pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
+    try: model = create_vision_model(arch, _outputs(dls, n_out), pretrained, weights, meta.get('cut') if cut is None else cut, n_in, **head, **kwargs)
+    except TypeError as error: raise _misspelt(kwargs, error) from error
     has_weights = pretrained or weights is not None
-    if normalize and has_weights: add_normalization(dls, arch, n_in)
-    learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, chosen_metrics(dls, metrics, loss_func, n_out), path, model_dir, wd, wd_bn_bias, train_bn, moms)
+    if normalize and has_weights: add_normalization(dls, arch, _channels(model), weights)
+    splitter = splitter or meta.get('split', vision_splitter)
+    learn = Learner(dls, model, loss_func, opt_func, lr, splitter, cbs, chosen_metrics(dls, metrics, loss_func, n_out), path, model_dir, wd, wd_bn_bias, train_bn, moms)
     if has_weights: learn.freeze()
     set_channels_last(model, dls.device)
     return learn
@@ -71,14 +81,48 @@ def _outputs(dls: Any, n_out: int | None) -> int:
     if not n_out: raise ValueError('the number of outputs cannot be told from the data: give n_out=...')
     return n_out
 
-def add_normalization(
-    dls: Any,  # loaders; changed
-    arch: Any, # whose weights expect the normalisation
-    n_in: int, # channels of the images
-) -> None:
-    "Add the normalisation that the weights of `arch` expect, unless the loaders normalise already"
-    if n_in != 3 or not hasattr(dls, 'add_tfms'): return
-    for k, dl in enumerate(dls):
-        if hasattr(dl, 'after_batch') and dl.after_batch.find(Normalize) is None: dls.add_tfms([Normalize.from_stats(*stats_of(arch))], 'after_batch', dl_idx=k)
+def _channels(model: nn.Sequential) -> int:
+    "How many the images have"
+    built_by = getattr(model, 'built_by', None)
+    return in_channels(model) if built_by is None else built_by[1]['n_in']
+
+def _misspelt(kwargs: dict[str, Any], error: TypeError) -> TypeError:
+    "An argument that nobody knows is probably one of ours"
+    known = [*inspect.signature(vision_learner).parameters, *inspect.signature(create_vision_model).parameters]
+    for name in kwargs.keys() - set(known):
+        if 'argument' in str(error) and name in str(error) and (hint := did_you_mean(name, known)): return TypeError(f"vision_learner() got an unexpected keyword argument '{name}'.{hint} Or, for the network: {error}")
+    return error
 
 cnn_learner = vision_learner # fastai's first name of it
+
+# %% ../../../nbs/60_vision/18_learner.ipynb #fcd64f7b
+def add_normalization(
+    dls: Any,            # loaders; changed
+    arch: Any,           # whose weights expect the normalisation
+    n_in: int,           # channels of the images
+    weights: Any = None, # an entry of torchvision's enums that was chosen; other weights say nothing
+) -> None:
+    "Add the normalisation that the weights of `arch` expect, unless the loaders normalise already or nothing is known"
+    stats = stats_of(weights) if hasattr(weights, 'transforms') else model_meta.get(arch, {}).get('stats')
+    if stats is None or not hasattr(dls, 'add_tfms'): return
+    mean, std = stats_for_channels(stats, n_in)
+    for k, dl in enumerate(dls):
+        if not hasattr(dl, 'after_batch'): continue
+        given = dl.after_batch.find(Normalize)
+        if given is None: dls.add_tfms([Normalize.from_stats(mean, std)], 'after_batch', dl_idx=k)
+        elif k == 0: _compare(given, mean, std)
+
+def stats_for_channels(
+    stats: Stats, # mean and standard deviation of each channel
+    n_in: int,    # channels of the images
+) -> Stats:       # for as many channels
+    "For grey images the average of all; beyond the known channels the average, too"
+    known = lambda o: [sum(o) / len(o)] if n_in == 1 else [*o[:n_in], *[sum(o) / len(o)] * (n_in - len(o))]
+    return known(stats[0]), known(stats[1])
+
+def _compare(given: Normalize, mean: list[float], std: list[float]) -> None:
+    "Warn if the loaders normalise otherwise than the weights expect"
+    if given.mean is None or given.mean.numel() != len(mean): return
+    if all(torch.allclose(a.flatten().cpu(), torch.tensor(b), atol=0.02) for a, b in ((given.mean, mean), (given.std, std))): return
+    expected = Normalize.from_stats(mean, std)
+    warnings.warn(f'the loaders have {given}, and the pretrained weights expect {expected}: make loaders without Normalize, or say normalize=False to keep theirs', stacklevel=4)
