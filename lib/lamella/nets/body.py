@@ -12,10 +12,10 @@ from torch import nn
 
 from .groups import children_groups
 from .layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange
+from .modules import Flatten
 
 # %% auto #0
-__all__ = ['cut_model', 'create_body', 'in_channels', 'evaluating', 'num_features_model', 'Flatten', 'create_head',
-           'default_split']
+__all__ = ['cut_model', 'create_body', 'in_channels', 'evaluating', 'num_features_model', 'create_head', 'default_split']
 
 # %% ../../../nbs/11_nets/02_body.ipynb #266a34b0
 def _is_pool(m: nn.Module) -> bool:
@@ -70,9 +70,6 @@ def num_features_model(
     with evaluating(m): return m(torch.zeros(2, in_channels(m), size, size, device=first.device, dtype=first.dtype)).shape[1]
 
 # %% ../../../nbs/11_nets/02_body.ipynb #034878cc
-class Flatten(nn.Flatten):
-    "From (n, ...) to (n, features)"
-
 def create_head(
     nf: int,                                # channels of the body
     n_out: int,                             # outputs
