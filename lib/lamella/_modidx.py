@@ -4710,4 +4710,17 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lamella.vision.types._presentable': ('60_vision/types.html#_presentable', 'lamella/vision/types.py'),
                                       'lamella.vision.types._tensor_of': ('60_vision/types.html#_tensor_of', 'lamella/vision/types.py'),
                                       'lamella.vision.types.image2tensor': ( '60_vision/types.html#image2tensor',
-                                                                             'lamella/vision/types.py')}}}
+                                                                             'lamella/vision/types.py')},
+            'lamella.vision.xresnet': { 'lamella.vision.xresnet.XResNet': ('60_vision/xresnet.html#xresnet', 'lamella/vision/xresnet.py'),
+                                        'lamella.vision.xresnet.XResNet.__init__': ( '60_vision/xresnet.html#xresnet.__init__',
+                                                                                     'lamella/vision/xresnet.py'),
+                                        'lamella.vision.xresnet.XResNet.built_by': ( '60_vision/xresnet.html#xresnet.built_by',
+                                                                                     'lamella/vision/xresnet.py'),
+                                        'lamella.vision.xresnet.XResNet.features': ( '60_vision/xresnet.html#xresnet.features',
+                                                                                     'lamella/vision/xresnet.py'),
+                                        'lamella.vision.xresnet._family': ('60_vision/xresnet.html#_family', 'lamella/vision/xresnet.py'),
+                                        'lamella.vision.xresnet._is_plain': ( '60_vision/xresnet.html#_is_plain',
+                                                                              'lamella/vision/xresnet.py'),
+                                        'lamella.vision.xresnet._stage': ('60_vision/xresnet.html#_stage', 'lamella/vision/xresnet.py'),
+                                        'lamella.vision.xresnet.init_cnn': ( '60_vision/xresnet.html#init_cnn',
+                                                                             'lamella/vision/xresnet.py')}}}
