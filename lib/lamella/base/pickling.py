@@ -13,12 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from .registry import register, registered
+
 # %% auto #0
-__all__ = ['UntrustedError', 'dump_objects', 'load_objects']
+__all__ = ['UntrustedError', 'register_layer', 'dump_objects', 'load_objects']
 
 # %% ../../../nbs/00_base/10_pickling.ipynb #50f4f14f
 class UntrustedError(pickle.UnpicklingError):
     "A file names something that would be code from somebody else"
+
+_LAYERS: set[type[nn.Module]] = set()
+
+def register_layer(
+    kind: type[nn.Module], # does nothing with its attributes but calculate
+) -> type[nn.Module]:      # the same class, so that it can be used as a decorator
+    "Let exported files name a class of layers, and put it together attribute by attribute, without calling its `__init__`"
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)): raise TypeError(f'@register_layer is for classes of layers, not for {kind!r}')
+    _LAYERS.add(kind)
+    return register(kind)
 
 _BUILTIN = {'builtins': {'list', 'dict', 'set', 'frozenset', 'tuple', 'int', 'float', 'complex', 'bool', 'str', 'bytes', 'bytearray'},
             'collections': {'OrderedDict', 'deque'}, 'torch': {'Size', 'device'}}
@@ -83,17 +95,19 @@ def _name(obj: Any) -> str:
     return obj.__name__ if isinstance(obj, type) else f'an object of class {type(obj).__name__}'
 
 def _is_layer(kind: Any) -> bool:
-    "A class of layers of `torch.nn`"
-    return isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.startswith('torch.nn.modules.')
+    "A class of layers of `torch.nn`, or one that was registered as such"
+    return isinstance(kind, type) and issubclass(kind, nn.Module) and (kind.__module__.startswith('torch.nn.modules.') or kind in _LAYERS)
 
 def _refuse(what: str) -> Any:
     raise UntrustedError(f"the file names {what}, which would run code that is not lamella's; load_learner(..., trust=True) does it, if you trust where the file comes from")
 
 def _known(module: str, name: str) -> Any:
-    "The class, if it is on the list: plain containers and the layers of torch.nn"
+    "The class, if it is on the list: plain containers, the layers of torch.nn, and registered ones"
     if name in _BUILTIN.get(module, ()): return getattr(importlib.import_module(module), name)
-    if '.' in name or not module.startswith('torch.nn.modules.'): return None
-    found = getattr(importlib.import_module(module), name, None)
+    if module.startswith('torch.nn.modules.'): found = None if '.' in name else getattr(importlib.import_module(module), name, None)
+    else:
+        try: found = registered(f'{module}:{name}')
+        except LookupError: return None
     return found if _is_layer(found) else None
 
 def dump_objects(

@@ -13,10 +13,12 @@ from torch import nn
 
 from .groups import children_groups
 from .layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange, apply_init
+from .modules import Flatten
+
 
 # %% auto #0
 __all__ = ['has_pool_type', 'cut_model', 'create_body', 'in_channels', 'evaluating', 'num_features_model', 'adapt_channels',
-           'adapt_weight', 'Flatten', 'create_head', 'add_head', 'default_split']
+           'adapt_weight', 'create_head', 'add_head', 'default_split']
 
 # %% ../../../nbs/11_nets/02_body.ipynb #266a34b0
 def has_pool_type(
@@ -103,9 +105,6 @@ def adapt_weight(
     return torch.cat([weight, weight.new_zeros(len(weight), n_in - known, *weight.shape[2:])], 1)
 
 # %% ../../../nbs/11_nets/02_body.ipynb #034878cc
-class Flatten(nn.Flatten):
-    "From (n, ...) to (n, features)"
-
 def create_head(
     nf: int,                                # channels of the body
     n_out: int,                             # outputs

@@ -4,26 +4,35 @@
 
 # %% ../../../nbs/11_nets/00_layers.ipynb #f48412c7
 from __future__ import annotations
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from ..base.pickling import register_layer
+
 # %% auto #0
-__all__ = ['NORM_TYPES', 'AdaptiveConcatPool2d', 'SigmoidRange', 'LinBnDrop', 'apply_init']
+__all__ = ['NORM_TYPES', 'Chain', 'AdaptiveConcatPool2d', 'SigmoidRange', 'LinBnDrop', 'apply_init']
 
 # %% ../../../nbs/11_nets/00_layers.ipynb #36e1f214
 NORM_TYPES: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
     nn.LayerNorm, nn.GroupNorm)
 
+class Chain(nn.Sequential):
+    "Layers one after the other; a slice of them is an `nn.Sequential`"
+    def __getitem__(self, i: int | slice) -> nn.Module:
+        return nn.Sequential(OrderedDict(list(self._modules.items())[i])) if isinstance(i, slice) else super().__getitem__(i)
+
+@register_layer
 class AdaptiveConcatPool2d(nn.Module):
     "Largest and average value of each channel, one after the other"
     def __init__(self,
-        size: int = 1, # height and width of the result
+        size: int | tuple[int, int] | None = None, # height and width of the result; 1 if not given
     ):
         super().__init__()
-        self.size = size
-        self.ap, self.mp = nn.AdaptiveAvgPool2d(size), nn.AdaptiveMaxPool2d(size)
+        self.size = size or 1
+        self.ap, self.mp = nn.AdaptiveAvgPool2d(self.size), nn.AdaptiveMaxPool2d(self.size)
 
     def forward(self,
         x: torch.Tensor, # (n, channels, h, w)
@@ -31,6 +40,7 @@ class AdaptiveConcatPool2d(nn.Module):
         "Pool"
         return torch.cat([self.mp(x), self.ap(x)], 1)
 
+@register_layer
 class SigmoidRange(nn.Module):
     "A sigmoid that ends in `low` and `high`"
     def __init__(self,
@@ -46,7 +56,12 @@ class SigmoidRange(nn.Module):
         "Squeeze `x` between `low` and `high`"
         return torch.sigmoid(x) * (self.high - self.low) + self.low
 
-class LinBnDrop(nn.Sequential):
+    def extra_repr(self) -> str:
+        "Both ends"
+        return f'low={self.low}, high={self.high}'
+
+@register_layer
+class LinBnDrop(Chain):
     "Batch norm, dropout and a linear layer"
     def __init__(self,
         n_in: int,                     # inputs
