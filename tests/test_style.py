@@ -9,7 +9,7 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[1]
 LIBRARY = TOP/'lib'/'lamella'
-MOST_LINES_OF_FUNCTION, MOST_LINES_OF_MODULE = 40, 300
+MOST_LINES_OF_FUNCTION, MOST_LINES_OF_MODULE = 20, 300
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Methods that the docstring of their class explains: transforms, callback events, torch's forward.
 EXPLAINED_BY_CLASS = re.compile('(encodes|decodes|setups|forward|(before|after|cleanup)_.*)$')
@@ -95,9 +95,9 @@ def bare_parameters(function: ast.AST, is_method: bool = False) -> list[str]:
 
 
 def long_functions(source: str) -> list[str]:
-    "The functions of more than the allowed lines, private and nested ones too, from `def` to the end"
+    "The functions of more than the allowed lines, private and nested ones too; the signature, which is the documentation, does not count"
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, Function)]
-    sizes = [(node, node.end_lineno - node.lineno + 1) for node in functions]
+    sizes = [(node, node.end_lineno - node.body[0].lineno + 1) for node in functions]
     return [f'{node.lineno}: {node.name} has {size} lines, more than {MOST_LINES_OF_FUNCTION}'
             for node, size in sizes if size > MOST_LINES_OF_FUNCTION]
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..base.registry import did_you_mean
 from ..nets.weights import load_weights
-from .nets import Architecture, _CLASSIFIERS, _not_loaded, _state_of, adapt_channels, find_architecture, stats_of
+from .architectures import Architecture, find_architecture, not_loaded, stats_of
+from .nets import CLASSIFIERS, adapt_channels, state_of
 
 # %% auto #0
 __all__ = ['KINDS', 'list_detectors', 'find_detector', 'Pyramid', 'build_detector']
@@ -78,12 +79,12 @@ def _timm_features(found: Architecture, pretrained: bool, weights: Any, n_in: in
     try: return timm.create_model(found.name, **{'pretrained': pretrained, **options}, out_indices=tuple(wanted))
     except Exception as error:
         if not pretrained or weights is not None: raise
-        raise _not_loaded(found.name, error) from error
+        raise not_loaded(found.name, error) from error
 
 def _checked_state(found: Architecture, weights: Any) -> dict[str, torch.Tensor]:
     "The weights of the whole network, those that fit"
     whole = found()
-    load_weights(whole, weights, ignore=_CLASSIFIERS)
+    load_weights(whole, weights, ignore=CLASSIFIERS)
     return whole.state_dict()
 
 # %% ../../../nbs/60_vision/50_detectors.ipynb #dd5a415b
@@ -146,7 +147,7 @@ def _load(model: nn.Module, name: str, weights: Any) -> None:
     "A file or a state dict as far as it fits; an entry of torchvision's enums, or its default, without the class heads"
     from torchvision.models import get_model_weights
     entry = get_model_weights(name).DEFAULT if weights is None else weights
-    state = _state_of(entry)
+    state = state_of(entry)
     if isinstance(entry, Enum): state = {k: v for k, v in state.items() if not k.startswith(_CLASS_HEADS)}
     load_weights(model, state, ignore=_CLASS_HEADS)
 

@@ -16,7 +16,9 @@ from torch import nn
 from ..nets.body import create_body, evaluating
 from ..nets.unet import maps_of
 from ..nets.weights import load_weights
-from .nets import Architecture, TimmBody, adapt_channels, find_architecture, _CLASSIFIERS, _state_of
+from .architectures import Architecture, find_architecture
+from .bodies import TimmBody
+from .nets import CLASSIFIERS, adapt_channels, state_of
 
 # %% auto #0
 __all__ = ['AdaptedMaps', 'chain_of', 'create_encoder']
@@ -64,7 +66,7 @@ def _timm_encoder(arch: Architecture, pretrained: bool, weights: Any, n_in: int,
     size, options = _fixed_size(arch, n_in, img_size)
     if weights is not None:
         whole = arch(num_classes=0)
-        load_weights(whole, _state_of(weights), ignore=_CLASSIFIERS)
+        load_weights(whole, state_of(weights), ignore=CLASSIFIERS)
         options, pretrained = {**options, 'pretrained_cfg_overlay': {'state_dict': whole.state_dict(), 'source': 'timm'}}, True
     model = arch(pretrained, features_only=True, in_chans=n_in, **options)
     channels_last = str(getattr(getattr(model, 'output_fmt', None), 'value', '')) == 'NHWC'
@@ -87,9 +89,9 @@ def chain_of(
 def _keeps_places(m: nn.Module) -> bool: return not any(isinstance(o, (nn.AdaptiveAvgPool2d, nn.Linear)) for o in m.modules()) or any(isinstance(o, nn.Conv2d) for o in m.modules())
 
 def _torchvision_encoder(model: nn.Module, weights: Any, n_in: int, cut: int | Callable | None) -> nn.Module:
-    if weights is not None: load_weights(model, _state_of(weights), ignore=_CLASSIFIERS)
+    if weights is not None: load_weights(model, state_of(weights), ignore=CLASSIFIERS)
     if n_in != 3: adapt_channels(model, n_in)
-    return chain_of(model) if cut is None else create_body(model, cut)
+    return chain_of(model) if cut is None else create_body(model, cut=cut)
 
 # %% ../../../nbs/60_vision/40_encoders.ipynb #76b8c869
 def create_encoder(

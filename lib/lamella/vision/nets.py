@@ -22,9 +22,9 @@ from .groups import vision_splitter
 _all_ = ['Architecture', 'find_architecture', 'list_backbones', 'stats_of', 'FeatureVector', 'TimmBody', 'adapt_channels', 'vision_splitter']
 
 # %% auto #0
-__all__ = ['model_meta', 'build_body', 'create_vision_model', 'create_timm_model', 'rebuild_vision_model', 'ModelMeta',
-           'Architecture', 'find_architecture', 'list_backbones', 'stats_of', 'FeatureVector', 'TimmBody',
-           'adapt_channels', 'vision_splitter']
+__all__ = ['CLASSIFIERS', 'model_meta', 'build_body', 'state_of', 'create_vision_model', 'create_timm_model',
+           'rebuild_vision_model', 'ModelMeta', 'Architecture', 'find_architecture', 'list_backbones', 'stats_of',
+           'FeatureVector', 'TimmBody', 'adapt_channels', 'vision_splitter']
 
 # %% ../../../nbs/60_vision/17_nets.ipynb #e24d5079
 def build_body(
@@ -72,7 +72,7 @@ def _own_body(arch: Any, pretrained: bool, weights: Any, n_in: int | None, cut: 
 def _with_weights(arch: Any, weights: Any) -> Any:
     "A copy of a network, or of the body of a pair, with weights"
     model = copy.deepcopy(arch[0] if isinstance(arch, tuple) else arch)
-    load_weights(model, _state_of(weights), ignore=_CLASSIFIERS)
+    load_weights(model, state_of(weights), ignore=CLASSIFIERS)
     return (model, *arch[1:]) if isinstance(arch, tuple) else model
 
 def _cut(model: nn.Module, cut: int | Callable) -> tuple[nn.Module, int]:
@@ -80,11 +80,13 @@ def _cut(model: nn.Module, cut: int | Callable) -> tuple[nn.Module, int]:
     return body, num_features_model(body)
 
 # %% ../../../nbs/60_vision/17_nets.ipynb #c4a50a50
-_CLASSIFIERS = ('fc.', 'classifier.', 'head.fc.', 'heads.', 'head.', 'AuxLogits.', 'aux1.', 'aux2.') # replaced by the new head
+CLASSIFIERS = ('fc.', 'classifier.', 'head.fc.', 'heads.', 'head.', 'AuxLogits.', 'aux1.', 'aux2.') # replaced by the new head
 _LATER = ('conv_head.', 'norm_head.') # of timm's networks, after the features
 
-def _state_of(weights: Any) -> Any:
-    "The state dict behind an entry of torchvision's enums, such as `ResNet34_Weights.IMAGENET1K_V1`; others as they are"
+def state_of(
+    weights: Any, # an entry of torchvision's enums, such as `ResNet34_Weights.IMAGENET1K_V1`, or anything else
+) -> Any:         # the state dict behind the entry; others as they are
+    "Weights as `load_weights` takes them"
     if not isinstance(weights, Enum): return weights
     try: return weights.get_state_dict(progress=True, check_hash=True)
     except Exception as error: raise not_loaded(str(weights), error) from error
@@ -94,7 +96,7 @@ def _timm_network(found: Architecture, pretrained: bool, weights: Any, n_in: int
     _refuse(options, {'num_classes': 'n_out', 'in_chans': 'n_in', 'features_only': 'unet_learner'})
     given = dict(num_classes=0, in_chans=n_in, **options)
     if weights is None: model = found(pretrained, **given)
-    else: model = _timm_with_weights(found, read_state_dict(_state_of(weights)), given)
+    else: model = _timm_with_weights(found, read_state_dict(state_of(weights)), given)
     if found.name.startswith(('hf-hub:', 'local-dir:')): options = {k: v for k, v in getattr(model, '_model_args', {}).items() if k not in ('num_classes', 'in_chans')}
     return model, options
 
@@ -102,7 +104,7 @@ def _timm_with_weights(found: Architecture, state: Mapping[str, torch.Tensor], g
     model = found(False, **given)
     own = model.state_dict()
     if all(k not in own or own[k].shape == v.shape for k, v in state.items()):
-        load_weights(model, state, ignore=_CLASSIFIERS + _LATER)
+        load_weights(model, state, ignore=CLASSIFIERS + _LATER)
         return model
     try: return found(True, **given, pretrained_cfg_overlay={'state_dict': dict(state)})
     except ConnectionError as error: raise ValueError(f'the weights do not fit {found} with {given}: {error.__cause__}') from error
@@ -116,7 +118,7 @@ def _torchvision_network(found: Architecture, pretrained: bool, weights: Any, n_
     options = _torchvision_options(found, pretrained or weights is not None, options)
     if 'image_size' in options and pretrained and weights is None: weights = entries.DEFAULT
     model = found(pretrained and weights is None, **options)
-    if weights is not None: load_weights(model, _resized(model, read_state_dict(_state_of(weights))), ignore=_CLASSIFIERS)
+    if weights is not None: load_weights(model, _resized(model, read_state_dict(state_of(weights))), ignore=CLASSIFIERS)
     if n_in != 3: adapt_channels(model, n_in, pretrained or weights is not None)
     return model, options
 
