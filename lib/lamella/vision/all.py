@@ -8,29 +8,32 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'mobilenet_v2', 'mobilenet_v3_small', 'mobilenet_v3_large', 'convnext_tiny', 'efficientnet_b0', 'json',
            'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial',
            'Path', 'np', 'torch', 'F', 'first', 'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image',
-           'Tensor', 'nn', 'optim', 'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download', 'untar_data',
-           'get_grid', 'show_image', 'show_images', 'subplots', 'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach',
-           'to_device', 'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib',
-           'setup_distrib', 'teardown_distrib', 'LazyModule', 'register', 'get_random_states', 'no_random',
-           'set_random_states', 'set_seed', 'GradientAccumulation', 'AutoBatch', 'EMACallback', 'BnFreeze', 'bn_types',
-           'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer',
-           'ParallelTrainer', 'FineTuning', 'GatherPredsCallback', 'GradientCheckpointing', 'GradientClip',
-           'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide',
-           'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger',
-           'TerminateOnNaNCallback', 'ReduceLROnPlateau', 'FetchPredsCallback', 'MCDropoutCallback', 'AMPMode',
-           'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize',
-           'ModelResetter', 'RNNCallback', 'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback',
-           'EarlyStoppingCallback', 'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger',
-           'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock',
-           'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter',
-           'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL',
-           'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError',
-           'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter',
-           'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter',
-           'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only',
-           'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory',
-           'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError', 'Predictor',
-           'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner',
+           'Tensor', 'nn', 'optim', 'apply', 'concat', 'find_device', 'item_find', 'logit', 'one_hot', 'one_hot_decode',
+           'to_half', 'to_np', 'unsqueeze', 'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download',
+           'untar_data', 'get_grid', 'show_image', 'show_image_batch', 'show_images', 'show_titled_image', 'subplots',
+           'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach', 'to_device', 'distrib_barrier', 'is_main_process',
+           'num_distrib', 'rank0_first', 'rank_distrib', 'setup_distrib', 'teardown_distrib', 'LazyModule', 'register',
+           'get_random_states', 'no_random', 'set_random_states', 'set_seed', 'GradientAccumulation', 'AutoBatch',
+           'EMACallback', 'BnFreeze', 'bn_types', 'set_bn_eval', 'SaveModelCallback', 'Checkpoint',
+           'CollectDataCallback', 'DistributedTrainer', 'ParallelTrainer', 'FineTuning', 'GatherPredsCallback',
+           'GradientCheckpointing', 'GradientClip', 'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines',
+           'JSONLogger', 'LRFinder', 'minimum', 'slide', 'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp',
+           'MLflowCallback', 'MLflowLogger', 'TerminateOnNaNCallback', 'ReduceLROnPlateau', 'FetchPredsCallback',
+           'MCDropoutCallback', 'AMPMode', 'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback',
+           'ShowGraphCallback', 'ProgressiveResize', 'ModelResetter', 'RNNCallback', 'RNNRegularizer', 'rnn_cbs',
+           'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback', 'TensorBoardCallback', 'TensorBoardLogger',
+           'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap',
+           'RegressionBlock', 'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader',
+           'ItemGetter', 'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders',
+           'PartialDL', 'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode',
+           'DataError', 'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions',
+           'ColSplitter', 'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter',
+           'MaskSplitter', 'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty',
+           'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase',
+           'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple',
+           'show_title', 'ExportError', 'Predictor', 'load_learner', 'ClassificationInterpretation',
+           'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation', 'SegmentationInterpretation',
+           'Embeddings', 'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam', 'Prediction', 'Learner',
            'register_strategy', 'load_model', 'save_model', 'Callback', 'before_batch_cb', 'CancelBackwardException',
            'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException',
            'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder',
@@ -45,23 +48,42 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc', 'RocAucBinary', 'RocAucMulti',
            'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy', 'accuracy_multi',
            'error_rate', 'exp_rmspe', 'foreground_acc', 'mae', 'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric',
-           'perplexity', 'rmse', 'skm_to_fastai', 'top_k_accuracy', 'create_body', 'create_head', 'default_split',
-           'num_features_model', 'params', 'trainable_params', 'Hook', 'Hooks', 'dummy_eval', 'flatten_model',
-           'has_params', 'hook_output', 'hook_outputs', 'model_sizes', 'total_params', 'AdaptiveConcatPool2d',
-           'LinBnDrop', 'SigmoidRange', 'apply_init', 'LayerInfo', 'layer_info', 'module_summary', 'load_weights',
-           'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan', 'Lamb', 'Larc', 'Lion', 'Lookahead', 'QHAdam',
-           'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'annealer',
-           'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_no', 'Brightness',
-           'Contrast', 'Hue', 'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms',
-           'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'BBoxLabeler', 'bb_pad',
+           'perplexity', 'rmse', 'skm_to_fastai', 'top_k_accuracy', 'mAP', 'mAP50', 'mAP75', 'MeanAveragePrecision',
+           'inplace_relu', 'Mish', 'mish', 'MishJit', 'sigmoid', 'sigmoid_', 'sigmoid_range', 'Swish', 'swish',
+           'SwishJit', 'vleaky_relu', 'PooledSelfAttention2d', 'SelfAttention', 'SimpleSelfAttention', 'ResBlock',
+           'SEBlock', 'SEModule', 'SeparableBlock', 'SEResNeXtBlock', 'add_head', 'create_body', 'create_head',
+           'cut_model', 'default_split', 'has_pool_type', 'in_channels', 'num_features_model', 'ConvLayer',
+           'PixelShuffle_ICNR', 'SimpleCNN', 'params', 'trainable_params', 'batch_to_samples', 'get_model',
+           'NoneReduce', 'norm_bias_params', 'requires_grad', 'Hook', 'Hooks', 'dummy_eval', 'flatten_model',
+           'has_params', 'hook_output', 'hook_outputs', 'model_sizes', 'total_params', 'apply_leaf', 'cond_init',
+           'Embedding', 'icnr_init', 'init_default', 'init_linear', 'trunc_normal_', 'AdaptiveConcatPool2d',
+           'LinBnDrop', 'SigmoidRange', 'apply_init', 'Cat', 'MergeLayer', 'ProdLayer', 'SequentialEx',
+           'TimeDistributed', 'children_and_parameters', 'Debugger', 'Flatten', 'has_children', 'Identity', 'Lambda',
+           'Module', 'module', 'ParameterModule', 'PartialLambda', 'ResizeBatch', 'sequential', 'View', 'BatchNorm',
+           'BatchNorm1dFlat', 'InstanceNorm', 'NormType', 'adaptive_pool', 'AdaptiveAvgPool', 'AdaptiveConcatPool1d',
+           'AvgPool', 'MaxPool', 'PoolFlatten', 'PoolType', 'LayerInfo', 'layer_info', 'module_summary', 'DynamicUnet',
+           'ResizeToOrig', 'UnetBlock', 'load_weights', 'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan',
+           'Lamb', 'Larc', 'Lion', 'Lookahead', 'QHAdam', 'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp',
+           'SchedLin', 'SchedNo', 'SchedPoly', 'annealer', 'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp',
+           'sched_lin', 'sched_no', 'list_backbones', 'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing',
+           'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize', 'cifar_stats',
+           'imagenet_stats', 'mnist_stats', 'TimmBody', 'read_boxes', 'read_coco', 'read_voc', 'BBoxLabeler', 'bb_pad',
            'clip_remove_empty', 'get_annotations', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock',
-           'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed',
-           'resize_image', 'resize_images', 'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral',
-           'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner',
-           'vision_learner', 'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox',
-           'TensorPoint', 'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem', 'FlipItem', 'RandomCrop',
-           'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage',
-           'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor']
+           'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'to_image', 'DetectionDataLoaders',
+           'detection_learner', 'list_detectors', 'download_images', 'Failed', 'resize_image', 'resize_images',
+           'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw',
+           'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner',
+           'read_codes', 'init_cnn', 'XResNet', 'xresnet101', 'xresnet152', 'xresnet18', 'xresnet18_deep',
+           'xresnet18_deeper', 'xresnet34', 'xresnet34_deep', 'xresnet34_deeper', 'xresnet50', 'xresnet50_deep',
+           'xresnet50_deeper', 'xresnext101', 'xresnext18', 'xresnext34', 'xresnext50', 'xse_resnet101',
+           'xse_resnet152', 'xse_resnet18', 'xse_resnet34', 'xse_resnet50', 'xse_resnext101', 'xse_resnext18',
+           'xse_resnext18_deep', 'xse_resnext18_deeper', 'xse_resnext34', 'xse_resnext34_deep', 'xse_resnext34_deeper',
+           'xse_resnext50', 'xse_resnext50_deep', 'xse_resnext50_deeper', 'xsenet154', 'models', 'Architecture',
+           'create_timm_model', 'create_vision_model', 'model_meta', 'vision_splitter', 'predict_mask', 'LabeledBBox',
+           'TensorBBox', 'TensorPoint', 'affine_mat', 'make_shapes', 'AddMaskCodes', 'PointScaler', 'CropPad',
+           'DihedralItem', 'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod',
+           'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase',
+           'TensorImageBW', 'TensorMask', 'image2tensor', 'create_unet_model', 'unet_learner']
 
 # %% ../../../nbs/60_vision/19_all.ipynb #b1460732
 import json
@@ -87,9 +109,10 @@ from fastcore.meta import delegates
 from PIL import Image
 from torch import Tensor, nn, optim
 
+from ..base.conversions import apply, concat, find_device, item_find, logit, one_hot, one_hot_decode, to_half, to_np, unsqueeze
 from ..base.devices import default_device, num_cpus
 from ..base.download import DownloadError, URLs, download, untar_data
-from ..base.figures import get_grid, show_image, show_images, subplots
+from ..base.figures import get_grid, show_image, show_image_batch, show_images, show_titled_image, subplots
 from ..base.nested import find_bs, tensor, to_concat, to_cpu, to_detach, to_device
 from ..base.processes import distrib_barrier, is_main_process, num_distrib, rank0_first, rank_distrib, setup_distrib, teardown_distrib
 from ..base.registry import LazyModule, register
@@ -138,9 +161,11 @@ from lamella.data.splitters import (ColSplitter, EndSplitter, FileSplitter, Func
 from ..data.tfmdlists import TfmdLists
 from ..data.third_party import ThirdParty, train_only
 from ..data.transform import ItemTransform, RandTransform, Transform
-from ..data.types import (Category, MultiCategory, TensorBase, TensorCategory, TensorFloat, TensorMultiCategory, TitledFloat, TitledStr, TitledTuple)
+from ..data.types import (Category, MultiCategory, TensorBase, TensorCategory, TensorFloat, TensorMultiCategory, TitledFloat, TitledStr, TitledTuple, show_title)
 from ..export.predictor import ExportError, Predictor, load_learner
-from ..interpret import ClassificationInterpretation, Interpretation
+from ..interpret import (ClassificationInterpretation, DetectionInterpretation, Interpretation, RegressionInterpretation, SegmentationInterpretation)
+from ..interpret.embeddings import Embeddings, nearest, plot_embeddings
+from ..interpret.gradcam import GradCAM, plot_gradcam
 from ..learner.inference import Prediction
 from ..learner.learner import Learner
 from ..learner.strategies import register_strategy
@@ -161,30 +186,60 @@ from ..metrics import (AccumMetric, ActivationType, APScoreBinary, APScoreMulti,
     Perplexity, Precision, PrecisionMulti, R2Score, Recall, RecallMulti, RocAuc, RocAucBinary, RocAucMulti, SklearnMetric, SpearmanCorrCoef,
     TorchMetric, ValueMetric, accuracy, accuracy_multi, error_rate, exp_rmspe, foreground_acc, mae, mk_metric, mk_metrics, mse, msle, optim_metric,
     perplexity, rmse, skm_to_fastai, top_k_accuracy)
-from ..nets.body import create_body, create_head, default_split, num_features_model
+from ..metrics.detection import mAP, mAP50, mAP75, MeanAveragePrecision
+from ..nets.activations import inplace_relu, Mish, mish, MishJit, sigmoid, sigmoid_, sigmoid_range, Swish, swish, SwishJit, vleaky_relu
+from ..nets.attention import PooledSelfAttention2d, SelfAttention, SimpleSelfAttention
+from ..nets.blocks import ResBlock, SEBlock, SEModule, SeparableBlock, SEResNeXtBlock
+from ..nets.body import add_head, create_body, create_head, cut_model, default_split, has_pool_type, in_channels, num_features_model
+from ..nets.convolutions import ConvLayer, PixelShuffle_ICNR, SimpleCNN
 from ..nets.groups import params, trainable_params
+from ..nets.helpers import batch_to_samples, get_model, NoneReduce, norm_bias_params, requires_grad
 from ..nets.hooks import Hook, Hooks, dummy_eval, flatten_model, has_params, hook_output, hook_outputs, model_sizes, total_params
+from ..nets.initialising import apply_leaf, cond_init, Embedding, icnr_init, init_default, init_linear, trunc_normal_
 from ..nets.layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange, apply_init
+from ..nets.merging import Cat, MergeLayer, ProdLayer, SequentialEx, TimeDistributed
+from ..nets.modules import (children_and_parameters, Debugger, Flatten, has_children, Identity, Lambda, Module, module, ParameterModule,
+    PartialLambda, ResizeBatch, sequential, View)
+from ..nets.norms import BatchNorm, BatchNorm1dFlat, InstanceNorm, NormType
+from ..nets.pooling import adaptive_pool, AdaptiveAvgPool, AdaptiveConcatPool1d, AvgPool, MaxPool, PoolFlatten, PoolType
 from ..nets.summary import LayerInfo, layer_info, module_summary
+from ..nets.unet import DynamicUnet, ResizeToOrig, UnetBlock
 from ..nets.weights import load_weights
 from ..optim.grouped import Optimizer, OptimWrapper
 from ..optim.hypers import pytorch_hp_map
 from ..optim.optimizer import Adam, Adan, Lamb, Larc, Lion, Lookahead, QHAdam, RAdam, RMSProp, SGD, ranger
 from ..optim.schedules import (SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, annealer, combine_scheds, combined_cos, sched_cos, sched_exp, sched_lin, sched_no)
+from .architectures import list_backbones
 from .augment import Brightness, Contrast, Hue, LightingTfm, RandomErasing, RandomResizedCropGPU, Saturation, aug_transforms
 from .batch import IntToFloatTensor, Normalize, cifar_stats, imagenet_stats, mnist_stats
+from .bodies import TimmBody
+from .box_files import read_boxes, read_coco, read_voc
 from .boxes import BBoxLabeler, bb_pad, clip_remove_empty, get_annotations
 from .cropping import PadMode
 from .data import BBoxBlock, BBoxLblBlock, ImageBlock, ImageDataLoaders, MaskBlock, PointBlock, SegmentationDataLoaders
+from .decoding import to_image
+from .detection_data import DetectionDataLoaders
+from .detection_learner import detection_learner
+from .detectors import list_detectors
 from .downloads import download_images
 from .files import Failed, resize_image, resize_images, verify_image, verify_images
 from .geometry import AffineCoordTfm, DeterministicDihedral, DeterministicDraw, DeterministicFlip, Dihedral, Flip, Rotate, Warp, Zoom
 from .learner import cnn_learner, vision_learner
-from .nets import Architecture, create_vision_model, vision_splitter
+from .masks import read_codes
+from .xresnet import (init_cnn, XResNet, xresnet101, xresnet152, xresnet18, xresnet18_deep, xresnet18_deeper, xresnet34,
+    xresnet34_deep, xresnet34_deeper, xresnet50, xresnet50_deep, xresnet50_deeper, xresnext101, xresnext18, xresnext34, xresnext50, xse_resnet101,
+    xse_resnet152, xse_resnet18, xse_resnet34, xse_resnet50, xse_resnext101, xse_resnext18, xse_resnext18_deep, xse_resnext18_deeper, xse_resnext34,
+    xse_resnext34_deep, xse_resnext34_deeper, xse_resnext50, xse_resnext50_deep, xse_resnext50_deeper, xsenet154)
+from . import models
+from .nets import Architecture, create_timm_model, create_vision_model, model_meta, vision_splitter
+from .original import predict_mask
 from .points import LabeledBBox, TensorBBox, TensorPoint
+from .sampling import affine_mat
+from .shapes import make_shapes
 from .targets import AddMaskCodes, PointScaler
 from .transforms import CropPad, DihedralItem, FlipItem, RandomCrop, RandomResizedCrop, RatioResize, Resize, ResizeMethod, ToTensor
 from .types import PILBase, PILImage, PILImageBW, PILMask, TensorImage, TensorImageBase, TensorImageBW, TensorMask, image2tensor
+from .unet import create_unet_model, unet_learner
 
 # %% ../../../nbs/60_vision/19_all.ipynb #c4642c74
 plt, pd = LazyModule('matplotlib.pyplot'), LazyModule('pandas')
@@ -200,42 +255,58 @@ convnext_tiny, efficientnet_b0 = map(_torchvision, ('convnext_tiny', 'efficientn
 
 # %% ../../../nbs/60_vision/19_all.ipynb #21513213
 _all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial', 'Path', 'np', 'torch', 'F', 'first',
-    'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim', 'default_device', 'num_cpus', 'DownloadError', 'URLs',
-    'download', 'untar_data', 'get_grid', 'show_image', 'show_images', 'subplots', 'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach', 'to_device',
-    'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib', 'setup_distrib', 'teardown_distrib', 'LazyModule', 'register',
-    'get_random_states', 'no_random', 'set_random_states', 'set_seed', 'GradientAccumulation', 'AutoBatch', 'EMACallback', 'BnFreeze', 'bn_types',
-    'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer', 'ParallelTrainer', 'FineTuning', 'GatherPredsCallback',
-    'GradientCheckpointing', 'GradientClip', 'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide',
-    'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger', 'TerminateOnNaNCallback', 'ReduceLROnPlateau',
-    'FetchPredsCallback', 'MCDropoutCallback', 'AMPMode', 'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback', 'ShowGraphCallback',
-    'ProgressiveResize', 'ModelResetter', 'RNNCallback', 'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback',
-    'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap',
-    'RegressionBlock', 'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller',
-    'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize',
-    'MultiCategoryBlock', 'OneHotEncode', 'DataError', 'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions',
-    'ColSplitter', 'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter',
-    'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category',
-    'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'ExportError',
-    'Predictor', 'load_learner', 'ClassificationInterpretation', 'Interpretation', 'Prediction', 'Learner', 'register_strategy', 'load_model',
-    'save_model', 'Callback', 'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
-    'CancelStepException', 'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder', 'reduce_loss',
-    'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss',
-    'FocalLossFlat', 'HuberLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat',
-    'AccumMetric', 'ActivationType', 'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore',
-    'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric', 'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti',
-    'HammingLoss', 'HammingLossMulti', 'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric', 'LossMetrics', 'MatthewsCorrCoef',
-    'MatthewsCorrCoefMulti', 'Metric', 'PearsonCorrCoef', 'Perplexity', 'Precision', 'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc',
-    'RocAucBinary', 'RocAucMulti', 'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy', 'accuracy_multi', 'error_rate',
-    'exp_rmspe', 'foreground_acc', 'mae', 'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric', 'perplexity', 'rmse', 'skm_to_fastai',
-    'top_k_accuracy', 'create_body', 'create_head', 'default_split', 'num_features_model', 'params', 'trainable_params', 'Hook', 'Hooks', 'dummy_eval',
-    'flatten_model', 'has_params', 'hook_output', 'hook_outputs', 'model_sizes', 'total_params', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange',
-    'apply_init', 'LayerInfo', 'layer_info', 'module_summary', 'load_weights', 'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan', 'Lamb',
+    'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim', 'apply', 'concat', 'find_device', 'item_find',
+    'logit', 'one_hot', 'one_hot_decode', 'to_half', 'to_np', 'unsqueeze', 'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download',
+    'untar_data', 'get_grid', 'show_image', 'show_image_batch', 'show_images', 'show_titled_image', 'subplots', 'find_bs', 'tensor', 'to_concat',
+    'to_cpu', 'to_detach', 'to_device', 'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib', 'setup_distrib',
+    'teardown_distrib', 'LazyModule', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed', 'GradientAccumulation', 'AutoBatch',
+    'EMACallback', 'BnFreeze', 'bn_types', 'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer',
+    'ParallelTrainer', 'FineTuning', 'GatherPredsCallback', 'GradientCheckpointing', 'GradientClip', 'ActivationStats', 'HookCallback', 'CSVLogger',
+    'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide', 'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback',
+    'MLflowLogger', 'TerminateOnNaNCallback', 'ReduceLROnPlateau', 'FetchPredsCallback', 'MCDropoutCallback', 'AMPMode', 'ChannelsLast', 'MixedPrecision',
+    'to_float', 'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize', 'ModelResetter', 'RNNCallback', 'RNNRegularizer', 'rnn_cbs',
+    'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback', 'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger',
+    'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup', 'TransformBlock', 'DataBlock',
+    'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders',
+    'PartialDL', 'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError', 'Pipeline', 'FileGetter',
+    'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter', 'FuncSplitter',
+    'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty',
+    'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat',
+    'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'show_title', 'ExportError', 'Predictor', 'load_learner',
+    'ClassificationInterpretation', 'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation', 'SegmentationInterpretation', 'Embeddings',
+    'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam', 'Prediction', 'Learner', 'register_strategy', 'load_model', 'save_model', 'Callback',
+    'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException',
+    'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder', 'reduce_loss', 'TrackerCallback',
+    'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss', 'FocalLossFlat', 'HuberLossFlat',
+    'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat', 'AccumMetric', 'ActivationType',
+    'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore', 'BrierScoreMulti', 'CohenKappa',
+    'CorpusBLEUMetric', 'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti', 'HammingLoss', 'HammingLossMulti',
+    'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric', 'LossMetrics', 'MatthewsCorrCoef', 'MatthewsCorrCoefMulti', 'Metric',
+    'PearsonCorrCoef', 'Perplexity', 'Precision', 'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc', 'RocAucBinary', 'RocAucMulti',
+    'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy', 'accuracy_multi', 'error_rate', 'exp_rmspe', 'foreground_acc', 'mae',
+    'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric', 'perplexity', 'rmse', 'skm_to_fastai', 'top_k_accuracy', 'mAP', 'mAP50', 'mAP75',
+    'MeanAveragePrecision', 'inplace_relu', 'Mish', 'mish', 'MishJit', 'sigmoid', 'sigmoid_', 'sigmoid_range', 'Swish', 'swish', 'SwishJit',
+    'vleaky_relu', 'PooledSelfAttention2d', 'SelfAttention', 'SimpleSelfAttention', 'ResBlock', 'SEBlock', 'SEModule', 'SeparableBlock', 'SEResNeXtBlock',
+    'add_head', 'create_body', 'create_head', 'cut_model', 'default_split', 'has_pool_type', 'in_channels', 'num_features_model', 'ConvLayer',
+    'PixelShuffle_ICNR', 'SimpleCNN', 'params', 'trainable_params', 'batch_to_samples', 'get_model', 'NoneReduce', 'norm_bias_params', 'requires_grad',
+    'Hook', 'Hooks', 'dummy_eval', 'flatten_model', 'has_params', 'hook_output', 'hook_outputs', 'model_sizes', 'total_params', 'apply_leaf', 'cond_init',
+    'Embedding', 'icnr_init', 'init_default', 'init_linear', 'trunc_normal_', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init', 'Cat',
+    'MergeLayer', 'ProdLayer', 'SequentialEx', 'TimeDistributed', 'children_and_parameters', 'Debugger', 'Flatten', 'has_children', 'Identity', 'Lambda',
+    'Module', 'module', 'ParameterModule', 'PartialLambda', 'ResizeBatch', 'sequential', 'View', 'BatchNorm', 'BatchNorm1dFlat', 'InstanceNorm',
+    'NormType', 'adaptive_pool', 'AdaptiveAvgPool', 'AdaptiveConcatPool1d', 'AvgPool', 'MaxPool', 'PoolFlatten', 'PoolType', 'LayerInfo', 'layer_info',
+    'module_summary', 'DynamicUnet', 'ResizeToOrig', 'UnetBlock', 'load_weights', 'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan', 'Lamb',
     'Larc', 'Lion', 'Lookahead', 'QHAdam', 'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'annealer',
-    'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_no', 'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing',
-    'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats',
-    'BBoxLabeler', 'bb_pad', 'clip_remove_empty', 'get_annotations', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders',
-    'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'download_images', 'Failed', 'resize_image', 'resize_images', 'verify_image', 'verify_images',
-    'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner',
-    'vision_learner', 'Architecture', 'create_vision_model', 'vision_splitter', 'LabeledBBox', 'TensorBBox', 'TensorPoint', 'AddMaskCodes', 'PointScaler',
-    'CropPad', 'DihedralItem', 'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage',
-    'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor']
+    'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_no', 'list_backbones', 'Brightness', 'Contrast', 'Hue', 'LightingTfm',
+    'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats',
+    'mnist_stats', 'TimmBody', 'read_boxes', 'read_coco', 'read_voc', 'BBoxLabeler', 'bb_pad', 'clip_remove_empty', 'get_annotations', 'PadMode',
+    'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'to_image',
+    'DetectionDataLoaders', 'detection_learner', 'list_detectors', 'download_images', 'Failed', 'resize_image', 'resize_images', 'verify_image',
+    'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom',
+    'cnn_learner', 'vision_learner', 'read_codes', 'init_cnn', 'XResNet', 'xresnet101', 'xresnet152', 'xresnet18', 'xresnet18_deep', 'xresnet18_deeper',
+    'xresnet34', 'xresnet34_deep', 'xresnet34_deeper', 'xresnet50', 'xresnet50_deep', 'xresnet50_deeper', 'xresnext101', 'xresnext18', 'xresnext34',
+    'xresnext50', 'xse_resnet101', 'xse_resnet152', 'xse_resnet18', 'xse_resnet34', 'xse_resnet50', 'xse_resnext101', 'xse_resnext18',
+    'xse_resnext18_deep', 'xse_resnext18_deeper', 'xse_resnext34', 'xse_resnext34_deep', 'xse_resnext34_deeper', 'xse_resnext50', 'xse_resnext50_deep',
+    'xse_resnext50_deeper', 'xsenet154', 'models', 'Architecture', 'create_timm_model', 'create_vision_model', 'model_meta', 'vision_splitter',
+    'predict_mask', 'LabeledBBox', 'TensorBBox', 'TensorPoint', 'affine_mat', 'make_shapes', 'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem',
+    'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod', 'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask',
+    'TensorImage', 'TensorImageBase', 'TensorImageBW', 'TensorMask', 'image2tensor', 'create_unet_model', 'unet_learner']
