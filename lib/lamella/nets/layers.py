@@ -78,12 +78,12 @@ class LinBnDrop(Chain):
 
 # %% ../../../nbs/11_nets/00_layers.ipynb #fc075506
 def apply_init(
-    model: nn.Module,                                          # a model, or a part of one
-    init: Callable[[torch.Tensor], object] = nn.init.kaiming_normal_, # fills a weight
+    m: nn.Module,                                              # a model, or a part of one
+    func: Callable[[torch.Tensor], object] = nn.init.kaiming_normal_, # fills a weight
 ) -> None:
     "Initialise all weights but those of normalisation layers; biases become 0"
-    for m in model.modules():
-        if isinstance(m, NORM_TYPES): continue
-        weight, bias = getattr(m, 'weight', None), getattr(m, 'bias', None)
-        if isinstance(weight, nn.Parameter) and weight.dim() > 1: init(weight)
+    for layer in m.modules():
+        if isinstance(layer, NORM_TYPES): continue
+        weight, bias = getattr(layer, 'weight', None), getattr(layer, 'bias', None)
+        if isinstance(weight, nn.Parameter) and weight.dim() > 1: func(weight)
         if isinstance(bias, nn.Parameter): nn.init.zeros_(bias)
