@@ -101,6 +101,41 @@ def test_real_weights_beat_random_ones(imagenet, tmp_path):
     assert results['imagenet'] < 0.5 * results['scratch'], results
 
 
+def halves_of_photographs(folder: Path, n: int = 14) -> Path:
+    "Crops of six photographs: of the left part for training, of the right part for validation"
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+    rng = np.random.default_rng(1)
+    for name in ('chelsea', 'coffee', 'astronaut', 'rocket', 'immunohistochemistry', 'brick'):
+        picture = getattr(data, name)()
+        if picture.ndim == 2: picture = np.stack([picture] * 3, -1)
+        middle = picture.shape[1] // 2
+        for part, half in (('train', picture[:, :middle]), ('valid', picture[:, middle:])):
+            (folder/part/name).mkdir(parents=True)
+            for i in range(n):
+                side = int(rng.integers(100, min(half.shape[:2]) // 1.2))
+                y, x = (int(rng.integers(0, s - side)) for s in half.shape[:2])
+                Image.fromarray(half[y:y + side, x:x + side]).save(folder/part/name/f'{i}.jpg')
+    return folder
+
+
+def test_fine_tuning_beats_training_from_scratch(imagenet, tmp_path):
+    "The same net, the same pictures, the same epochs and rates: places that were never seen are recognised with ImageNet's weights"
+    from lamella.vision.all import accuracy, set_seed
+    photos = halves_of_photographs(tmp_path/'photos')
+    results = {}
+    for name, options in (('imagenet', {'weights': imagenet}), ('scratch', {'pretrained': False})):
+        set_seed(4)
+        dls = ImageDataLoaders.from_folder(photos, train='train', valid='valid', item_tfms=Resize(96), bs=12, num_workers=0, device='cpu', seed=2)
+        learn = vision_learner(dls, 'tf_efficientnet_lite0', metrics=accuracy, **options)
+        with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 4e-3)
+        results[name] = learn.validate()
+        if name == 'imagenet': assert 'Normalize(mean 0.5 0.5 0.5' in str(learn.summary()) and len(learn.opt.param_lists) == 3
+    (loss, right), (loss_of_scratch, right_of_scratch) = results['imagenet'], results['scratch']
+    assert right >= right_of_scratch + 0.25 and loss < 0.6 * loss_of_scratch, results
+
+
 def test_entries_of_torchvisions_enums(served_resnet18):
     "fastai's way of choosing weights: weights=ResNet18_Weights.IMAGENET1K_V1"
     from torchvision.models import ResNet18_Weights

@@ -5191,7 +5191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lamella/vision/geometry.py')},
             'lamella.vision.groups': { 'lamella.vision.groups._by_depth': ('60_vision/groups.html#_by_depth', 'lamella/vision/groups.py'),
                                        'lamella.vision.groups._count': ('60_vision/groups.html#_count', 'lamella/vision/groups.py'),
-                                       'lamella.vision.groups._matched': ('60_vision/groups.html#_matched', 'lamella/vision/groups.py'),
+                                       'lamella.vision.groups._is_fine': ('60_vision/groups.html#_is_fine', 'lamella/vision/groups.py'),
                                        'lamella.vision.groups._nested': ('60_vision/groups.html#_nested', 'lamella/vision/groups.py'),
                                        'lamella.vision.groups._once': ('60_vision/groups.html#_once', 'lamella/vision/groups.py'),
                                        'lamella.vision.groups._parameters': ( '60_vision/groups.html#_parameters',

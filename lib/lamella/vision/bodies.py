@@ -228,7 +228,8 @@ def pair_body(
     if len(pair) != 2 or not isinstance(pair[0], nn.Module) or not isinstance(pair[1], int) or isinstance(pair[1], bool):
         raise TypeError(f'a pair as architecture is (body, number of features): a network and a whole number, not {tuple(type(o).__name__ for o in pair)}')
     body = copy.deepcopy(pair[0])
-    found = _features_of(try_body(body, body, _sizes(getattr(body, 'model', body))), body)
+    n_in = getattr(body, 'made_from', {}).get('n_in')
+    found = _features_of(try_body(body, body, _sizes(getattr(body, 'model', body)), n_in), body)
     if found != pair[1]: raise ValueError(f'the body of the pair returns {found} features, not {pair[1]}')
     return body, found
 

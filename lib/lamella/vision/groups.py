@@ -22,24 +22,25 @@ def body_units(
 ) -> list[Parameters]:  # from the first layers to the last; every parameter once
     "The parts of a body in the order of their depth"
     inner = body.model if isinstance(body, TimmBody) and body.whole else body
-    units = _matched(inner) if hasattr(inner, 'group_matcher') else _nested(inner)
-    return _once(units)
+    stages, blocks = (_by_depth(inner, coarse) for coarse in (True, False))
+    return _once(next((o for o in (stages, blocks) if _is_fine(o)), None) or _nested(inner))
 
-def _matched(model: nn.Module) -> list[Parameters]:
-    "By the depth that a network of timm says: in stages, or in blocks if there are only few stages, or one of them is nearly everything"
-    try: stages = _by_depth(model, True)
-    except AssertionError: stages = [] # 'coarse grouping is not implemented'
-    counts = [_count(o) for o in stages]
-    return stages if len(stages) >= 4 and max(counts) < 0.75 * sum(counts) else _by_depth(model, False)
+def _is_fine(units: list[Parameters]) -> bool:
+    "Are there some, and is none of them nearly everything?"
+    counts = [_count(o) for o in units]
+    return len(units) >= 4 and max(counts) < 0.75 * sum(counts)
 
 def _by_depth(model: nn.Module, coarse: bool) -> list[Parameters]:
+    "The stages or blocks of a network of timm, in their order; none if it does not say"
+    if not hasattr(model, 'group_matcher'): return []
     from timm.models import group_parameters
-    return list(group_parameters(model, model.group_matcher(coarse=coarse), return_values=True).values()) # in their order
+    try: return list(group_parameters(model, model.group_matcher(coarse=coarse), return_values=True).values())
+    except AssertionError: return [] # 'coarse grouping is not implemented'
 
 def _nested(body: nn.Module) -> list[Parameters]:
-    "Children; as long as they are few, the children of the one with most weights"
+    "Children; as long as they are few, or one is nearly everything, the children of the one with most weights"
     parts = _parts(body)
-    while sum(map(bool, map(_parameters, parts))) < 4:
+    while not _is_fine([_parameters(o) for o in parts if _parameters(o)]):
         large = max(parts, key=lambda o: _count(_parameters(o)))
         if not isinstance(large, nn.Module) or not any(True for _ in large.children()): break
         k = next(k for k, o in enumerate(parts) if o is large)
