@@ -32,6 +32,7 @@ from lamella.vision.shapes import SHAPES, make_shapes
 from lamella.vision.transforms import CropPad, RandomResizedCrop, Resize
 
 SMALL = dict(backbone='resnet10t', pretrained=False, width=32, levels=3, head_convs=1)
+FEW = {f'rpn_{k}_nms_top_n_{mode}': 60 for k in ('pre', 'post') for mode in ('train', 'test')} # proposals, for speed
 HERE = dict(num_workers=0, device='cpu')
 
 
@@ -46,7 +47,7 @@ def loaders(shapes: Path, bs: int = 4, **kwargs):
 
 def a_learner(shapes: Path, arch: str = 'fcos', dls=None, seed: int = 0, **kwargs):
     set_seed(seed)
-    return detection_learner(loaders(shapes) if dls is None else dls, arch, **{**SMALL, **kwargs})
+    return detection_learner(loaders(shapes) if dls is None else dls, arch, **{**SMALL, **({'options': FEW} if arch == 'fasterrcnn' else {}), **kwargs})
 
 
 def quiet(learn, *args, **kwargs):
@@ -168,7 +169,7 @@ def test_unknown_labels_and_numbers_that_differ_are_named_with_the_file(shapes):
 
 # ---- augmentation
 
-@pytest.mark.parametrize('tfms', [dict(item_tfms=RandomResizedCrop(48, min_scale=0.4)), dict(item_tfms=CropPad(40)), dict(batch_tfms=[Flip(p=1.), Rotate(30, p=1.)]), dict(batch_tfms=aug_transforms(size=48))])
+@pytest.mark.parametrize('tfms', [dict(item_tfms=RandomResizedCrop(48, min_scale=0.4)), dict(item_tfms=CropPad(16)), dict(batch_tfms=[Flip(p=1.), Rotate(30, p=1.)]), dict(batch_tfms=aug_transforms(size=48))])
 def test_boxes_follow_the_pictures(tmp_path, tfms):
     "One white square a picture, drawn so that the box can be found again in the pixels"
     rng, files, boxes = np.random.default_rng(0), [], []
@@ -190,7 +191,7 @@ def test_boxes_follow_the_pictures(tmp_path, tfms):
         spread = torch.tensor([inside[:, 1].min(), inside[:, 0].min(), inside[:, 1].max() + 1, inside[:, 0].max() + 1])
         tight = 'batch_tfms' not in tfms # a square that is turned has a larger box than it needs
         assert ((spread - pixels).abs() < (2.5 if tight else 8)).all(), (spread, pixels)
-    if 'item_tfms' in tfms and isinstance(tfms['item_tfms'], CropPad): assert (labels > 0).sum() <= 6 # boxes that were cut away are gone
+    if 'item_tfms' in tfms and isinstance(tfms['item_tfms'], CropPad): assert 0 < (labels > 0).sum() < len(x) # boxes that were cut away are gone
 
 
 # ---- the model
@@ -229,7 +230,7 @@ def test_loss_of_each_image(shapes):
     assert float(losses[1]) == pytest.approx(float(alone), rel=1e-4)
 
 
-FAMILIES = [('fcos', SMALL), ('retinanet', SMALL), ('fasterrcnn', SMALL), ('fcos', {**SMALL, 'backbone': 'mobilenetv3_small_050', 'levels': 5}),
+FAMILIES = [('fcos', SMALL), ('retinanet', SMALL), ('fasterrcnn', {**SMALL, 'options': FEW}), ('fcos', {**SMALL, 'backbone': 'mobilenetv3_small_050', 'levels': 5}),
     ('fasterrcnn_mobilenet_v3_large_320_fpn', {}), ('ssdlite320_mobilenet_v3_large', {}), ('fcos_resnet50_fpn', {}), ('retinanet_resnet50_fpn_v2', {}), ('ssd300_vgg16', {})]
 
 
@@ -317,8 +318,8 @@ def test_nothing_is_resized_twice(shapes):
     assert seen == [(64, 96)]
 
 
-@pytest.mark.parametrize('change', [lambda learn: learn.to_bf16(), lambda learn: learn.to_channelslast(use_amp=False), lambda learn: learn.compile(backend='eager')], ids=['bf16', 'channels_last', 'compile'])
-@pytest.mark.parametrize('arch', ['fcos', 'fasterrcnn'])
+@pytest.mark.parametrize('arch,change', [('fcos', lambda learn: learn.to_bf16()), ('fasterrcnn', lambda learn: learn.to_bf16()),
+    ('fcos', lambda learn: learn.to_channelslast(use_amp=False)), ('fcos', lambda learn: learn.compile(backend='eager'))], ids=['bf16', 'bf16-fasterrcnn', 'channels_last', 'compile'])
 def test_precision_layout_and_compiling(shapes, arch, change):
     learn = a_learner(shapes, arch)
     change(learn)
@@ -329,7 +330,7 @@ def test_precision_layout_and_compiling(shapes, arch, change):
 
 def test_wrong_data_is_told(shapes):
     files = sorted((shapes/'images').glob('*.png'))
-    block = DataBlock((ImageBlock, CategoryBlock), get_y=lambda o: o.name[3])
+    block = DataBlock((ImageBlock, CategoryBlock), get_y=lambda o: 'even' if int(o.stem) % 2 == 0 else 'odd')
     with pytest.raises(ValueError, match='these are for classification'): detection_learner(block.dataloaders(files, bs=4, **HERE), 'fcos', **SMALL)
     get_y = [lambda o: [[1, 1, 20, 20]], lambda o: ['circle']]
     with pytest.raises(ValueError, match='n_inp=1'): detection_learner(DataBlock((ImageBlock, BBoxBlock, BBoxLblBlock), n_inp=2, get_x=[lambda o: o, get_y[0]], get_y=get_y[1]).dataloaders(files, bs=4, **HERE), 'fcos', **SMALL)

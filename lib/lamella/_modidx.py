@@ -4941,6 +4941,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'lamella/vision/detection.py'),
                                           'lamella.vision.detection.DetectionLoss.__init__': ( '60_vision/detection.html#detectionloss.__init__',
                                                                                                'lamella/vision/detection.py'),
+                                          'lamella.vision.detection.DetectionLoss.__repr__': ( '60_vision/detection.html#detectionloss.__repr__',
+                                                                                               'lamella/vision/detection.py'),
                                           'lamella.vision.detection.DetectionLoss.activation': ( '60_vision/detection.html#detectionloss.activation',
                                                                                                  'lamella/vision/detection.py'),
                                           'lamella.vision.detection.DetectionLoss.decodes': ( '60_vision/detection.html#detectionloss.decodes',

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..base.nested import to_detach
@@ -78,7 +79,8 @@ class MeanAveragePrecision(Metric):
     ) -> dict[str, torch.Tensor]: # 'map', 'map_50', 'mar_100', ...
         "All that torchmetrics tells about the boxes that were kept"
         from torchmetrics.detection import MeanAveragePrecision as Computing
-        metric = Computing(iou_thresholds=self.iou_thresholds, max_detection_thresholds=[1, 10, self.max_detections], **options)
+        ious = np.linspace(0.5, 0.95, 10).tolist() if self.iou_thresholds is None else self.iou_thresholds
+        metric = Computing(iou_thresholds=ious, rec_thresholds=np.linspace(0, 1, 101).tolist(), max_detection_thresholds=[1, 10, self.max_detections], **options) # in 64 bits, as COCO has them
         metric.warn_on_many_detections = False
         parts = torch.cat(self.boxes).split(torch.cat(self.counts).flatten().tolist())
         metric.update([_as_dict(o, True) for o in parts[::2]], [_as_dict(o, False) for o in parts[1::2]])

@@ -240,6 +240,8 @@ class DetectionLoss(OwnLoss):
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * kept[..., None]
         return boxes, labels.gather(1, order) * kept, scores.gather(1, order) * kept
 
+    def __repr__(self) -> str: return f"the detector's own loss (boxes are decided on from a score of {self.thresh} on)"
+
     def spec_args(self) -> dict[str, Any]: # arguments that make the same loss again
         "What an exported file has to say of this loss"
         return {'thresh': self.thresh}

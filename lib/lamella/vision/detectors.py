@@ -5,6 +5,7 @@
 # %% ../../../nbs/60_vision/50_detectors.ipynb #ad9702d6
 from __future__ import annotations
 import functools
+import logging
 from collections import OrderedDict
 from enum import Enum
 from typing import Any
@@ -76,10 +77,14 @@ def _timm_features(found: Architecture, pretrained: bool, weights: Any, n_in: in
     strides = timm.create_model(found.name, features_only=True).feature_info.reduction()
     wanted = [max(i for i, s in enumerate(strides) if s == stride) for stride in (4, 8, 16, 32) if stride >= finest and stride in strides]
     if len(wanted) < 2: raise ValueError(f"'{found.name}' cannot be the backbone of a detector: its feature maps have the strides {strides}, and a pyramid needs several of {finest} to 32")
+    logger = logging.getLogger('timm.models._builder') # would list the layers of the classifier, which are not needed here
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try: return timm.create_model(found.name, **{'pretrained': pretrained, **options}, out_indices=tuple(wanted))
     except Exception as error:
         if not pretrained or weights is not None: raise
         raise not_loaded(found.name, error) from error
+    finally: logger.setLevel(level)
 
 def _checked_state(found: Architecture, weights: Any) -> dict[str, torch.Tensor]:
     "The weights of the whole network, those that fit"
