@@ -26,6 +26,7 @@ from lamella.learner.learner import Learner
 from lamella.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss
 from lamella.vision.boxes import get_annotations
 from lamella.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock, ImageDataLoaders, MaskBlock, PointBlock
+from lamella.vision.geometry import Flip
 from lamella.vision.shapes import make_shapes
 
 from conftest import make_photos
@@ -376,8 +377,9 @@ def test_classes_are_said_right_and_wrong(three):
 
 
 def test_the_picture_of_a_row_is_the_file_of_the_row(three):
+    "As in validation, also if the loader is that of the training, which flips every picture"
     import matplotlib.pyplot as plt
-    learn = photo_learner(three)
+    learn = photo_learner(three, batch_tfms=Flip(p=1.))
     interp = ClassificationInterpretation.from_learner(learn, ds_idx=0)
     interp.plot_top_losses(1)
     path = interp.to_frame().sort_values('loss').path.iloc[-1]
@@ -539,6 +541,12 @@ def test_matches_are_one_to_one_and_better_ones_come_first(k, m, seed):
     assert all(float(scores[o.guess]) <= best[o.true] for o in found if o.kind == 'duplicate')
 
 
+def test_of_two_targets_a_box_takes_the_nearer_one():
+    true, guess = torch.tensor([[0., 0, 10, 10], [0, 3, 10, 13]]), torch.tensor([[0., 2, 10, 12]])
+    right, missed = match_boxes(guess, torch.ones(1), torch.tensor([0.5]), true, torch.ones(2))
+    assert (right.kind, right.true, missed.true) == ('right', 1, 0) and right.iou == pytest.approx(9 / 11)
+
+
 # fastai
 
 def test_as_fastai(three, capsys):
@@ -581,3 +589,21 @@ def test_losses_of_masks_as_fastai(shapes):
     learn = fastai.Learner(dls, TakesGreen(), loss_func=fastai.CrossEntropyLossFlat(axis=1))
     with learn.no_bar(): theirs = fastai.SegmentationInterpretation.from_learner(learn, dl=dls.test_dl([fastai.Path(o) for o in ours.dls.valid.dataset.items], with_labels=True))
     np.testing.assert_allclose(mine.losses, theirs.losses, rtol=1e-3)
+
+
+class ReadyDataset(torch.utils.data.Dataset):
+    "Pairs of picture and label, made when they are asked for"
+    read = 0
+    def __len__(self): return 20
+
+    def __getitem__(self, i):
+        type(self).read += 1
+        return Image.new('RGB', (8, 8), (10 * i, 0, 0)), i % 2
+
+
+def test_pictures_of_a_ready_dataset_are_not_read_again_for_a_table():
+    dls = ImageDataLoaders.from_datasets(ReadyDataset(), bs=4, num_workers=0, device='cpu', valid_pct=0.5, seed=0)
+    interp = ClassificationInterpretation.from_learner(Learner(dls, mean_colour(2)))
+    before = ReadyDataset.read
+    frame = interp.to_frame()
+    assert frame['item'].tolist() == list(range(10)) and ReadyDataset.read <= before + 2
