@@ -135,7 +135,7 @@ class DetectionInterpretation(Interpretation):
         margin: float = 0.5,                      # how much around the boxes is shown, 1 being their size
         **kwargs: Any,                            # passed on to `get_grid`
     ) -> None:
-        "Show the part of the picture around each box: the prediction in red (green if it is right), the target in yellow"
+        "Show the part of the picture around each box: the prediction in red (green if it is right), the target in yellow, dashed"
         chosen = self._chosen(kinds)[:k]
         if not isinstance(self.dl, DataLoader): raise TypeError(f'plot_patches needs a loader of lamella, which can read and show single samples, not a {type(self.dl).__name__}: to_frame() says where the boxes are')
         if not chosen: return print(f"there are no boxes of the kind {' or '.join(as_list(kinds) or KINDS[1:])}")
@@ -149,16 +149,16 @@ class DetectionInterpretation(Interpretation):
 
     def _show_patch(self, box: Box, ax: Axes, margin: float) -> None:
         inputs = self.learn.split_batch_of(self.dl.make_batch([box.image]))[0]
-        both = [(o, label, color, text) for o, label, color, text in (
-            (box.target, box.label, 'yellow', None if box.box is not None else str(self.classes[box.label])),
-            (box.box, box.prediction, 'lime' if box.kind == 'right' else 'red', f'{self.classes[box.prediction]} {box.score:.2f}')) if o is not None]
+        both = [(o, label, style, text) for o, label, style, text in (
+            (box.box, box.prediction, {'color': 'lime' if box.kind == 'right' else 'red'}, f'{self.classes[box.prediction]} {box.score:.2f}'),
+            (box.target, box.label, {'color': 'yellow', 'ls': '--'}, str(self.classes[box.label]) if box.box is None else None)) if o is not None]
         sample = self.dl.decode_batch((*inputs, torch.stack([o[0] for o in both])[None], torch.tensor([[o[1] for o in both]])), 1)[0]
         sample[0].show(ctx=ax)
         pixels = sample[len(inputs)]
-        for i, (_, _, color, text) in enumerate(both): type(pixels).cast(pixels[i:i + 1]).show(ctx=ax, color=color, text=text)
+        for i, (_, _, style, text) in enumerate(both): type(pixels).cast(pixels[i:i + 1]).show(ctx=ax, text=text, **style)
         _look_at(ax, pixels, margin)
         about = f' ({self.classes[box.label]})' if box.label and box.kind in ('wrong class', 'missed') else ''
-        ax.set_title(f'{box.kind}{about}' + ('' if box.kind == 'missed' else f', IoU {box.iou:.2f}'), color='green' if box.kind == 'right' else 'red')
+        ax.set_title(f'{box.kind}{about}' + ('' if box.kind == 'missed' else f'\nIoU {box.iou:.2f}'), fontsize=10, color='green' if box.kind == 'right' else 'red')
 
     # ---- a table
 

@@ -5,7 +5,7 @@
 # %% ../../../nbs/50_interpret/00_items.ipynb #b3f15be7
 from __future__ import annotations
 import os
-from collections.abc import Sequence
+import re
 from typing import Any
 
 from fastcore.foundation import L
@@ -69,11 +69,13 @@ def names_of_items(
     "What to call the samples in a table"
     items = items_of(dataset)
     if items is None or len(items) != n or not n: return 'item', list(range(n))
-    kind, name = ('path', _path_of(dataset)) if _is_path(_path_of(dataset)(get_item(items, 0))) else ('item', _name)
-    found = [name(get_item(items, i)) for i in range(n)]
-    return kind, [i if o is None else o for i, o in enumerate(found)]
+    first, path_of = get_item(items, 0), _path_of(dataset)
+    kind, name = ('path', path_of) if _is_path(path_of(first)) else ('item', _name)
+    return kind, list(range(n)) if name(first) is None else [name(get_item(items, i)) for i in range(n)] # the items of a ready dataset are pictures: one is enough
 
-def _is_path(x: Any) -> bool: return isinstance(x, os.PathLike) or isinstance(x, str) and (os.sep in x or '.' in x)
+def _is_path(x: Any) -> bool:
+    "A path, or a text that ends like the name of a file; no sentence"
+    return isinstance(x, os.PathLike) or isinstance(x, str) and re.search(r'\.[A-Za-z]\w{0,5}$|^\S*[/\\]\S*$', x) is not None
 
 def _path_of(dataset: Any) -> Any:
     "A function from an item to its path: through `get_x`, or the first element of a pair"

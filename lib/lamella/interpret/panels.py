@@ -59,12 +59,14 @@ def show_compared(
     headings, pictures = _panels(samples[0][n_inp:]), max(1, sum(getattr(o, 'stands_alone', False) for o in samples[0][:n_inp]))
     each = pictures - 1 + len(headings) if headings else pictures
     if each > 1 and not {'nrows', 'ncols'} & kwargs.keys(): kwargs['ncols'] = each if each == 3 else each * max(1, int(len(samples) ** 0.5))
+    if not headings and any(not hasattr(o, 'show_compared') for o in _marks(guesses[0])): kwargs.setdefault('title', 'Target green, prediction red')
     places = samples[0][0].contexts(len(samples) * each, **kwargs) if hasattr(samples[0][0], 'contexts') else None
     for k, (sample, guess) in enumerate(zip(samples, guesses)):
         color = colors[k] if colors else 'black'
         ctxs = places[k * each:(k + 1) * each] if places else [None] * each
         if headings and places: _show_panels(sample, guess, n_inp, ctxs, headings, titles[k], options)
         else: _show_over(sample, guess, n_inp, ctxs, titles[k], color, options)
+    if places and hasattr(places[0], 'get_subplotspec'): _fit_titles(places)
 
 def _show_inputs(values: tuple, ctxs: list, options: dict[str, Any]) -> Any:
     "The inputs, each picture at its place; returns the first place"
@@ -81,6 +83,7 @@ def _show_over(sample: tuple, guess: tuple, n_inp: int, ctxs: list, title: str, 
     if told: sample, guess = sample[:n_inp], ()
     for values, mark in ((sample[n_inp:], 'lime'), (guess, 'red')):
         for value in _marks(values) if ctx is not None else (): value.show(ctx=ctx, color=mark)
+    for points in getattr(ctx, 'collections', ()): points.set_sizes([80])
     show_title(title, ctx, color)
 
 def _show_panels(sample: tuple, guess: tuple, n_inp: int, ctxs: list, headings: list[str], title: str, options: dict[str, Any]) -> None:
@@ -92,3 +95,10 @@ def _show_panels(sample: tuple, guess: tuple, n_inp: int, ctxs: list, headings: 
         if not any(getattr(o, 'stands_alone', False) for o in values): _show_inputs(sample[:1], [ctx], options)
         for value in _marks(values): value.show(ctx=ctx)
         show_title(f'{said}; {title}' if said == 'prediction' else said, ctx)
+
+def _fit_titles(places: list) -> None:
+    "Titles no wider than their panels, as long as they can be read, all of one size"
+    width = places[0].figure.get_size_inches()[0] / places[0].get_subplotspec().get_gridspec().ncols
+    longest = max(len(line) for ax in places for line in ax.get_title().split('\n'))
+    size = min(places[0].title.get_fontsize(), max(6., 72 * width / (0.55 * max(longest, 1))))
+    for ax in places: ax.title.set_fontsize(size)
