@@ -26,7 +26,7 @@ _GUESS: dict[str, Any] = {'marker': 'x', 'ms': 6, 'color': 'red', 'mew': 1.5}
 @register
 class TensorPoint(TensorBase):
     "Points (n,2): x and y of each"
-    _show_args: dict[str, Any] = {'s': 10, 'marker': '.'}
+    _show_args: dict[str, Any] = {'s': 70, 'marker': '.', 'edgecolors': 'white', 'linewidths': 0.7}
     _width = 2                              # numbers for each
     img_size: tuple[int, int] | None = None # (width, height) of the image that the points belong to, if it was given
     in_pixels: bool = False                 # made by `create`, and not yet scaled to -1..1
@@ -53,7 +53,7 @@ class TensorPoint(TensorBase):
         _axes(ctx).scatter(x, y, **{**self._show_args, **color, **{k: v for k, v in kwargs.items() if k != 'figsize'}})
         return _axes(ctx)
 
-    def show_with(self,
+    def show_compared(self,
         guess: TensorPoint,      # what was predicted in place of these
         ctx: Axes | None = None, # where to draw
     ) -> Axes:                   # the axes drawn on
@@ -123,14 +123,13 @@ def _axes(ctx: Axes | None) -> Axes:
 class TensorBBox(TensorPoint):
     "Boxes (n,4): left, top, right and bottom of each"
     _width = 4
-    is_picture: bool = True # a prediction is shown beside the target, not over it
+
+    def show_compared(self, guess: TensorBBox, ctx: Axes | None = None) -> Axes: # the axes drawn on
+        "Draw these boxes in white, predicted ones in red"
+        return guess.show(ctx=self.show(ctx=ctx), color='red')
 
     def show_legend(self, ctxs: Sequence[Any], compared: bool = False) -> None: # nothing
         "Boxes explain themselves"
-
-    def show_beside(self, guess: TensorBBox, ctx: Any = None, **kwargs: Any) -> Any: # the context
-        "Boxes with labels are drawn with them; those without, here"
-        return guess.show(ctx=ctx)
 
     def show(self,
         ctx: Axes | None = None,           # where to draw
@@ -171,7 +170,8 @@ def _draw_box(ax: Axes, box: list[float], text: str | None, color: str, text_siz
     from matplotlib.patheffects import Normal, Stroke
     left, top, right, bottom = box
     drawn = [ax.add_patch(Rectangle((left, top), right - left, bottom - top, **{'fill': False, 'edgecolor': color, 'lw': 2, **kwargs}))]
-    if text is not None: drawn.append(ax.text(left, top, text, verticalalignment='top', color=color, fontsize=text_size, weight='bold', clip_on=True))
+    if text is not None: drawn.append(ax.text(left, top, text, verticalalignment='top', color='white', fontsize=text_size, weight='bold', clip_on=True,
+        bbox=None if color == 'white' else {'facecolor': color, 'alpha': 0.6, 'pad': 1, 'lw': 0}))
     for item, width in zip(drawn, (4, 1.5)): item.set_path_effects([Stroke(linewidth=width, foreground='black'), Normal()])
 
 # %% ../../../nbs/60_vision/02_points.ipynb #98dafe6f
@@ -198,32 +198,5 @@ class LabeledBBox(tuple):
         **kwargs: Any,           # passed on to `TensorBBox.show`
     ) -> Axes:                   # the axes drawn on
         "Draw the boxes with their labels, without those of no class ('#na#')"
-        known = self._known()
+        known = [i for i, label in enumerate(self.lbl) if label != '#na#']
         return TensorBBox.cast(plain(self.bbox)[known]).show(ctx=ctx, text=[str(self.lbl[i]) for i in known], **kwargs)
-
-    def _known(self) -> list[int]: return [i for i, label in enumerate(self.lbl) if label != '#na#']
-
-    def show_beside(self,
-        guess: LabeledBBox,                # what was predicted in place of these
-        ctx: Axes | None = None,           # where to draw
-        scores: torch.Tensor | None = None, # (n,) how sure each predicted box is
-        iou: float = 0.5,                  # a box that overlaps one of its class at least so much is right
-    ) -> Axes:                             # the axes drawn on
-        "Draw predicted boxes: green if there is such a box, each once, red if not; and count"
-        right, known = self.matched(guess, iou), guess._known()
-        for i in known: TensorBBox.cast(plain(guess.bbox)[i:i + 1]).show(ctx, f'{guess.lbl[i]}' + ('' if scores is None else f' {float(scores[i]):.2f}'), 'lime' if i in right else 'red')
-        counts = {'right': len(right), 'wrong': len(known) - len(right), 'missed': len(self._known()) - len(right)}
-        return show_title(', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'nothing', ctx=_axes(ctx))
-
-    def matched(self,
-        guess: LabeledBBox, # predicted boxes, the best first
-        iou: float = 0.5,   # least overlap
-    ) -> set[int]:          # numbers of boxes of `guess`
-        "Which predicted boxes are right: each box of this can be found once"
-        from torchvision.ops import box_iou
-        free, right = set(self._known()), set()
-        overlap = box_iou(plain(guess.bbox).float(), plain(self.bbox).float())
-        for i in guess._known():
-            same = [j for j in free if self.lbl[j] == guess.lbl[i] and overlap[i, j] >= iou]
-            if same: right.add(i); free.remove(max(same, key=lambda j: float(overlap[i, j])))
-        return right
