@@ -18,6 +18,7 @@ from ..base.nested import to_device
 from .explain import Explanation, explain_loader
 from .failures import BadItem, Failures
 from .loader import DataLoader
+from .pipeline import Pipeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,10 +159,17 @@ class DataLoaders:
         for f in [*train.after_item.fs, *train.after_batch.fs]: f.setup(train)
 
     def new(self,
-        **changes: Any, # arguments of `DataLoader`: `bs`, `num_workers`, ...
-    ) -> DataLoaders:   # new loaders over the same datasets
-        "The same loaders with some arguments changed"
-        return DataLoaders(*(self._lamellas(dl, 'new').new(**changes) for dl in self.loaders), path=self.path, device=self.device)
+        item_tfms: Any = None,  # in place of the random and the resizing transforms of a sample
+        batch_tfms: Any = None, # in place of the random transforms of a batch
+        **changes: Any,         # arguments of `DataLoader`: `bs`, `num_workers`, ...
+    ) -> DataLoaders:           # new loaders over the same datasets
+        "The same loaders with some things changed"
+        made = DataLoaders(*(self._lamellas(dl, 'new').new(**changes) for dl in self.loaders), path=self.path, device=self.device)
+        for event, given in (('after_item', item_tfms), ('after_batch', batch_tfms)):
+            tfms = [] if given is None else Pipeline(given).fs
+            for dl in made if given is not None else (): setattr(dl, event, getattr(dl, event).exchanged(tfms))
+        if item_tfms is not None or batch_tfms is not None: made.setup_tfms()
+        return made
 
     def to(self,
         device: torch.device | str, # where batches go

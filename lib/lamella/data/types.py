@@ -92,7 +92,7 @@ class Titled:
         "Show the value above `ctx`"
         return show_title(str(self), ctx=ctx, **kwargs)
 
-    def show_with(self,
+    def show_compared(self,
         guess: Any,              # what was predicted in place of this
         ctx: Axes | None = None, # where to show
     ) -> Any:                    # the context
@@ -101,7 +101,7 @@ class Titled:
 
 class _Number(Titled):
     "Numbers are more or less right: both are written, without a colour"
-    def show_with(self, guess: Any, ctx: Axes | None = None) -> Any: return show_title(f'predicted {guess}', ctx=self.show(ctx=ctx))
+    def show_compared(self, guess: Any, ctx: Axes | None = None) -> Any: return show_title(f'predicted {guess}', ctx=self.show(ctx=ctx))
 
 class TitledStr(Titled, str):
     "A string that shows itself as a title"
@@ -130,7 +130,7 @@ class MultiCategory(L):
         "Show the names above `ctx`"
         return show_title(sep.join(map(str, self)), ctx=ctx, **kwargs)
 
-    def show_with(self,
+    def show_compared(self,
         guess: Sequence[Any],    # what was predicted in place of this
         ctx: Axes | None = None, # where to show
     ) -> Any:                    # the context

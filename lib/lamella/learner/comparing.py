@@ -20,9 +20,9 @@ class Comparison:
         n_inp: int,              # how many of the values are inputs
     ):
         self.truth, self.n_inp, first = truth, n_inp, truth[0]
-        self.beside = any(getattr(o, 'is_picture', False) for o in first[n_inp:])
+        self.alone = any(getattr(o, 'stands_alone', False) for o in first[n_inp:]) # a target that would hide the input
+        self.beside = self.alone or any(getattr(o, 'is_picture', False) for o in first[n_inp:])
         self.inputs = max(1, sum(getattr(o, 'stands_alone', False) for o in first[:n_inp]))
-        self.alone = any(getattr(o, 'stands_alone', False) for o in first[n_inp:]) # such as an image as target, which would hide the input
         self.each = self.inputs + self.beside + self.alone
 
     def places(self,
@@ -31,7 +31,7 @@ class Comparison:
     ) -> list[list]:              # for each sample its places
         "Where the samples are shown"
         first, n = self.truth[0][0], len(self.truth) * self.each
-        if self.each > 1 and not {'nrows', 'ncols'} & kwargs.keys(): kwargs['ncols'] = self.each * (1 if len(self.truth) == 1 else 2)
+        if self.each > 1 and not {'nrows', 'ncols'} & kwargs.keys(): kwargs['ncols'] = self.each * (1 if len(self.truth) == 1 or self.each > 2 else 2)
         if ctxs is None: ctxs = first.contexts(n, **kwargs) if hasattr(first, 'contexts') else [None] * n
         if len(ctxs) < n: raise ValueError(f'{len(self.truth)} samples need {n} places to be shown ({self.each} for each), and ctxs has {len(ctxs)}: give more, or a smaller max_n')
         return [list(ctxs[i:i + self.each]) for i in range(0, n, self.each)]
@@ -40,13 +40,12 @@ class Comparison:
         guesses: Sequence[tuple],      # the same samples, with predictions in place of targets
         places: list[list],            # from `places`
         titles: Sequence[str] | None = None, # one more line for each sample
-        scores: Sequence[Any] | None = None, # for each sample, how sure the things are that were found in it
         **kwargs: Any,                 # passed on to the `show` of pictures
     ) -> None:
         "Draw all samples"
         for k, (true, guess, ctxs) in enumerate(zip(self.truth, guesses, places)):
             ctx, title = self._inputs(true, ctxs, kwargs), titles[k] if titles else None
-            if self.beside: self._beside(true, guess, ctxs, {} if scores is None else {'scores': scores[k]}, kwargs)
+            if self.beside: self._beside(true, guess, ctxs, kwargs)
             else: ctx = self._over(true, guess, ctx)
             if title is not None and hasattr(ctx, 'set_title'): ctx.set_title(f'{ctx.get_title()}\n{title}'.strip(), color=ctx.title.get_color())
         if places and hasattr(places[0][0], 'figure'): show_legends(self.truth[0][self.n_inp:], [o for ctxs in places for o in ctxs], compared=True)
@@ -60,22 +59,27 @@ class Comparison:
         return ctx
 
     def _over(self, true: tuple, guess: tuple, ctx: Any) -> Any:
-        for target, said in zip(true[self.n_inp:], guess[self.n_inp:]):
-            if hasattr(target, 'show_with'): ctx = target.show_with(said, ctx=ctx)
-            elif hasattr(target, 'show'): ctx = said.show(ctx=target.show(ctx=ctx, color='black'), color='green' if target == said else 'red')
+        pairs = list(zip(true[self.n_inp:], guess[self.n_inp:]))
+        for target, said in [(a, b) for a, b in pairs if getattr(a, 'tells_all', False)] or pairs: # such as boxes with labels, which tell what the boxes tell
+            if hasattr(target, 'show_compared'): ctx = target.show_compared(said, ctx=ctx)
+            elif hasattr(target, 'show'): ctx = said.show(ctx=target.show(ctx=ctx, color='black'), color='green' if _same(target, said) else 'red')
         return ctx
 
-    def _beside(self, true: tuple, guess: tuple, ctxs: list, options: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    def _beside(self, true: tuple, guess: tuple, ctxs: list, kwargs: dict[str, Any]) -> None:
         target_ctx, guess_ctx = ctxs[-2:]
         if not self.alone: self._inputs(true, [guess_ctx] * len(ctxs), kwargs)
         for ctx, said in ((target_ctx, 'target'), (guess_ctx, 'prediction')):
             if hasattr(ctx, 'set_title'): ctx.set_title(said)
-        targets, guesses = true[self.n_inp:], guess[self.n_inp:]
-        for k, (target, said) in enumerate(zip(targets, guesses)):
-            if not hasattr(target, 'show') or hasattr(targets[min(k + 1, len(targets) - 1)], 'bbox') and not hasattr(target, 'bbox'): continue # boxes are drawn with their labels
+        for target, said in zip(true[self.n_inp:], guess[self.n_inp:]):
+            if not hasattr(target, 'show'): continue
             target.show(ctx=target_ctx)
-            if hasattr(target, 'show_beside'): target.show_beside(said, ctx=guess_ctx, **options)
+            if hasattr(target, 'show_beside'): target.show_beside(said, ctx=guess_ctx)
             else: said.show(ctx=guess_ctx)
+
+def _same(a: Any, b: Any) -> bool:
+    "Equal, as far as can be said: tensors within may differ in size"
+    try: return bool(a == b)
+    except (RuntimeError, ValueError): return False
 
 def show_legends(
     values: Sequence[Any],   # of a sample

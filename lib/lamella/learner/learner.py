@@ -20,6 +20,7 @@ from .calling import Calling
 from .precision import Precision
 from .distributing import Distributing
 from .embedding import Embedding
+from .exchanging import Exchanging, as_loaders
 from .saving import Saving
 from ..loop.named import OwnLoss, computes_loss
 from .strategies import Strategies
@@ -38,7 +39,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/09_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Embedding, Saving, Distributing, Calling):
+class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Embedding, Saving, Distributing, Calling, Exchanging):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,
@@ -59,7 +60,7 @@ class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Embeddin
         default_cbs: bool = True,                     # add `DEFAULT_CALLBACKS`
         target_names: Sequence[str] | None = None,    # which entries are targets, if batches are dictionaries; those named label(s), target(s) or y if not given
     ):
-        dls = _as_loaders(dls)
+        dls = as_loaders(dls)
         if isinstance(model, type) or not callable(model): raise TypeError(f'the second argument is the model, an nn.Module, not {describe_value(model)}')
         self.opt_func, self.lr, self.splitter, self.metrics = opt_func, lr, splitter, mk_metrics(metrics)
         self.path, self.model_dir = Path(getattr(dls, 'path', '.') if path is None else path), model_dir
@@ -72,12 +73,6 @@ class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Embeddin
     def _default_loss(self, dls: DataLoaders, model: nn.Module) -> Any:
         "The loss of the data's task, or the one that the model computes itself"
         return OwnLoss() if dls.task is None and computes_loss(model) else loss_of_task(dls.task)
-
-def _as_loaders(dls: Any) -> DataLoaders:
-    "Loaders of whatever was given: an object with `train` and `valid`, a list of loaders, one loader"
-    if dls is None or isinstance(dls, nn.Module): raise TypeError(f'the first argument is the data: DataLoaders, or loaders of PyTorch, not {"a model" if isinstance(dls, nn.Module) else None}')
-    if isinstance(dls, DataLoaders): return dls
-    return DataLoaders(dls.train, dls.valid) if hasattr(dls, 'train') else DataLoaders(*(dls if isinstance(dls, (list, tuple)) else [dls]))
 
 def _defaults(given: list[Any]) -> list[type]:
     "The default callbacks, but for those of which there is one already"

@@ -155,13 +155,12 @@ class Predicting(Fitting):
         **kwargs: Any,  # `figsize`, `nrows`, ... of the grid; others (`vmin`, `cmap`, ...) are those of pictures
     ) -> None:
         "Show the samples of a batch with target and prediction"
-        decisions, (inputs, targets) = self._decisions(batch), self.split_batch_of(batch)
-        options, n_inp = {k: kwargs.pop(k) for k in list(kwargs) if k not in OF_GRID}, len(inputs)
+        decisions, n_inp = self._decisions(batch), len(self.split_batch_of(batch)[0])
+        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in OF_GRID}
         truth = dl.decode_batch(batch, max_n=find_bs(batch))
         guess = dl.decode_batch(batch[:n_inp] + decisions, max_n=find_bs(batch))
         comparison = Comparison(truth, n_inp)
-        scores = decisions[len(targets):][:1]
-        comparison.show(guess, comparison.places(ctxs, **kwargs), titles, scores[0].cpu() if scores else None, **options)
+        comparison.show(guess, comparison.places(ctxs, **kwargs), titles, **options)
 
     def split_batch_of(self,
         batch: tuple, # inputs and targets

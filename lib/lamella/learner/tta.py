@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..base.nested import map_nested
+from ..base.nested import map_nested, to_detach
 from ..base.registry import checked_keywords
 from ..data.moves import Moves
 from ..data.transform import RandTransform
@@ -117,8 +117,12 @@ class _Undo(Callback):
     def before_validate(self) -> None: self.count = 0
 
     def after_batch(self) -> None:
-        self.learn.pred = self.back(self.count, map_nested(lambda o: None if o is None else self.output.activation(o.detach()), self.pred))
+        self.learn.pred = self.back(self.count, _activated(self.output, to_detach(self.pred, cpu=False)))
         self.count += 1
+
+def _activated(output: Any, pred: Any) -> Any:
+    "What predictions mean; some losses know only of all parts together"
+    return output.activation(pred) if getattr(output, 'takes_all', False) else map_nested(lambda o: None if o is None else output.activation(o), pred)
 
 class TestTime(Predicting):
     "The part of a learner that predicts each sample several times"

@@ -25,7 +25,7 @@ def best_thresholds(
     right = targs.cpu().double().gather(0, order).cumsum(0)
     said, there = torch.arange(1, len(found) + 1, dtype=torch.float64)[:, None], right[-1:]
     scores = (1 + beta ** 2) * right / (beta ** 2 * there + said)
-    after = torch.cat([found[1:], torch.zeros(1, found.shape[1], dtype=torch.float64)])
+    after = torch.cat([found[1:], torch.full((1, found.shape[1]), -1e-6, dtype=torch.float64)]) # also 0 can be over a threshold
     scores[found == after] = -1 # equal probabilities cannot be told apart
     best = scores.argmax(0, keepdim=True)
     middle = (found.gather(0, best) + after.gather(0, best)) / 2

@@ -95,7 +95,22 @@ def crop_tensor(
 
 # %% ../../../nbs/60_vision/01_cropping.ipynb #0888bb9a
 class PILGeometry:
-    "`flip_lr`, `dihedral`, `crop_pad` and other sizes for classes of PIL images"
+    "`flip_lr`, `dihedral`, `crop_pad`, and sizes, for classes of PIL images"
+    @property
+    def shape(self: Any) -> tuple[int, int]: # (height, width)
+        "The size in the order of arrays"
+        return self.size[1], self.size[0]
+
+    @property
+    def n_px(self: Any) -> int: # height times width
+        "How many pixels there are"
+        return self.size[0] * self.size[1]
+
+    @property
+    def aspect(self: Any) -> float: # 2.0: twice as wide as high
+        "The width over the height"
+        return self.size[0] / self.size[1]
+
     def reshape(self: Any,
         h: int,            # height
         w: int,            # width

@@ -26,7 +26,7 @@ _GUESS: dict[str, Any] = {'marker': 'x', 'ms': 6, 'color': 'red', 'mew': 1.5}
 @register
 class TensorPoint(TensorBase):
     "Points (n,2): x and y of each"
-    _show_args: dict[str, Any] = {'s': 10, 'marker': '.'}
+    _show_args: dict[str, Any] = {'s': 70, 'marker': '.', 'edgecolors': 'white', 'linewidths': 0.7}
     _width = 2                              # numbers for each
     img_size: tuple[int, int] | None = None # (width, height) of the image that the points belong to, if it was given
     in_pixels: bool = False                 # made by `create`, and not yet scaled to -1..1
@@ -53,7 +53,7 @@ class TensorPoint(TensorBase):
         _axes(ctx).scatter(x, y, **{**self._show_args, **color, **{k: v for k, v in kwargs.items() if k != 'figsize'}})
         return _axes(ctx)
 
-    def show_with(self,
+    def show_compared(self,
         guess: TensorPoint,      # what was predicted in place of these
         ctx: Axes | None = None, # where to draw
     ) -> Axes:                   # the axes drawn on
@@ -123,14 +123,13 @@ def _axes(ctx: Axes | None) -> Axes:
 class TensorBBox(TensorPoint):
     "Boxes (n,4): left, top, right and bottom of each"
     _width = 4
-    is_picture: bool = True # a prediction is shown beside the target, not over it
+
+    def show_compared(self, guess: TensorBBox, ctx: Axes | None = None) -> Axes: # the axes drawn on
+        "Draw these boxes in white, predicted ones in red"
+        return guess.show(ctx=self.show(ctx=ctx), color='red')
 
     def show_legend(self, ctxs: Sequence[Any], compared: bool = False) -> None: # nothing
         "Boxes explain themselves"
-
-    def show_beside(self, guess: TensorBBox, ctx: Any = None, **kwargs: Any) -> Any: # the context
-        "Boxes with labels are drawn with them; those without, here"
-        return guess.show(ctx=ctx)
 
     def show(self,
         ctx: Axes | None = None,           # where to draw
@@ -192,7 +191,8 @@ def _draw_box(ax: Axes, box: list[float], text: str | None, color: str, text_siz
     from matplotlib.patheffects import Normal, Stroke
     left, top, right, bottom = box
     drawn = [ax.add_patch(Rectangle((left, top), right - left, bottom - top, **{'fill': False, 'edgecolor': color, 'lw': 2, **kwargs}))]
-    if text is not None: drawn.append(ax.text(left, top, text, verticalalignment='top', color=color, fontsize=text_size, weight='bold', clip_on=True))
+    if text is not None: drawn.append(ax.text(left, top, text, verticalalignment='top', color='white', fontsize=text_size, weight='bold', clip_on=True,
+        bbox=None if color == 'white' else {'facecolor': color, 'alpha': 0.6, 'pad': 1, 'lw': 0}))
     for item, width in zip(drawn, (4, 1.5)): item.set_path_effects([Stroke(linewidth=width, foreground='black'), Normal()])
 
 # %% ../../../nbs/60_vision/02_points.ipynb #98dafe6f
@@ -252,18 +252,15 @@ class LabeledBBox(tuple):
             if same: right[i] = found[max(same)[1]] = True
         return right, found
 
-    def show_beside(self,
-        guess: LabeledBBox,       # what was predicted in place of these
-        ctx: Axes | None = None,  # where to draw
-        scores: Any = None,       # (n,) how sure each predicted box is, if the boxes do not know it
-    ) -> Axes:                    # the axes drawn on
-        "Draw predicted boxes: green if there is such a box, each once, red if not; and count"
-        if guess.scores is None and scores is not None: guess = LabeledBBox(guess.bbox, guess.lbl, [float(o) for o in scores[:len(guess.lbl)]])
-        (right, found), known = self.matches(guess), [o != '#na#' for o in guess.lbl]
-        for color, kept in (('red', [k and not r for k, r in zip(known, right)]), ('lime', right)): ctx = guess.where(kept).show(ctx=ctx, color=color)
-        missed = sum(label != '#na#' and not f for label, f in zip(self.lbl, found))
-        counts = {'right': sum(right), 'wrong': sum(known) - sum(right), 'missed': missed}
-        return show_title(', '.join(f'{n} {what}' for what, n in counts.items() if n) or 'nothing', ctx=_axes(ctx))
+    def show_compared(self,
+        guess: LabeledBBox,      # predictions, in the same image
+        ctx: Axes | None = None, # where to draw
+    ) -> Axes:                   # the axes drawn on
+        "Draw the predictions: green where they are right, red where they are not; and in yellow, dashed, the targets that were missed"
+        right, found = self.matches(guess)
+        for color, chosen, boxes, style in (('yellow', [not o for o in found], self, {'ls': '--'}), ('red', [not o for o in right], guess, {}), ('lime', right, guess, {})):
+            ctx = boxes.where(chosen).show(ctx=ctx, color=color, **style)
+        return ctx
 
     def where(self,
         chosen: Sequence[bool], # one for each box

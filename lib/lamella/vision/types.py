@@ -192,21 +192,6 @@ class PILBase(PILGeometry, Image.Image):
         made._size, made._mode, made._later, made.readonly = size, self._mode, later, 1
         return made
 
-    @property
-    def shape(self) -> tuple[int, int]: # (height, width)
-        "The size in the order of arrays"
-        return self.size[1], self.size[0]
-
-    @property
-    def n_px(self) -> int: # height times width
-        "How many pixels there are"
-        return self.size[0] * self.size[1]
-
-    @property
-    def aspect(self) -> float: # 2.0: twice as wide as high
-        "The width over the height"
-        return self.size[0] / self.size[1]
-
     def to_thumb(self,
         h: int,               # height at most
         w: int | None = None, # width at most; as `h` if not given
