@@ -82,5 +82,12 @@ class InferencePipeline:
     ) -> Any:                        # such as 'cat'
         "A decision as people would say it; points are in pixels of the input that the transforms have made"
         if not self.targets: return decision
-        label = self.targets[0].decode(decision)
+        label = self.targets[0].decode(self._typed(decision))
         return label if sample is None or not isinstance(label, TensorBase) else self.item_tfms.decode((*sample, label))[-1]
+
+    def _typed(self, decision: Any) -> Any:
+        "A decision as the type that the target has in a batch, and as it was before the batch transforms: images are no longer normalised"
+        kind = self.target_types[0] if self.target_types else None
+        if not (isinstance(kind, type) and issubclass(kind, TensorBase) and isinstance(decision, torch.Tensor)): return decision
+        typed, = self.batch_tfms.decode((kind.cast(decision[None]),))
+        return kind.cast(plain(typed)[0])
