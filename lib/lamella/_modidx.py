@@ -4563,6 +4563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lamella.vision.unet': { 'lamella.vision.unet._channels': ('60_vision/unet.html#_channels', 'lamella/vision/unet.py'),
                                      'lamella.vision.unet._checked': ('60_vision/unet.html#_checked', 'lamella/vision/unet.py'),
                                      'lamella.vision.unet._first_of': ('60_vision/unet.html#_first_of', 'lamella/vision/unet.py'),
+                                     'lamella.vision.unet._unet_of': ('60_vision/unet.html#_unet_of', 'lamella/vision/unet.py'),
                                      'lamella.vision.unet.create_unet_model': ( '60_vision/unet.html#create_unet_model',
                                                                                 'lamella/vision/unet.py'),
                                      'lamella.vision.unet.rebuild_unet_model': ( '60_vision/unet.html#rebuild_unet_model',

@@ -14,6 +14,7 @@ from torch import nn
 from ..base.registry import checked_keywords, did_you_mean, register
 from ..learner.learner import Learner
 from ..losses import MSELossFlat
+from ..nets.body import in_channels
 from ..nets.unet import DynamicUnet
 from ..optim.optimizer import Adam
 from .encoders import create_encoder
@@ -108,17 +109,20 @@ def unet_learner(
 ) -> Learner:                                      # frozen up to the decoder, if there are pretrained weights
     "A learner that predicts something for each pixel: a U-Net around a pretrained encoder"
     args = dict(cut=cut, n_in=n_in, blur=blur, blur_final=blur_final, self_attention=self_attention, y_range=y_range, last_cross=last_cross, bottle=bottle, act_cls=act_cls, init=init, norm_type=norm_type)
-    args |= _checked(config, args)
-    image, target = _first_of(dls)
-    args['n_in'] = _channels(image, args['n_in'])
-    to_image = dls.task is None and target is not None and target.dim() == 4
-    n_out = target.shape[1] if to_image and n_out is None else _outputs(dls, n_out)
-    model, has_weights = create_unet_model(arch, n_out, image.shape[-2:], pretrained, weights, **args), pretrained or weights is not None
-    if normalize and has_weights: add_normalization(dls, arch, args['n_in'])
-    if loss_func is None and to_image: loss_func = MSELossFlat()
-    learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
+    model, default_loss = _unet_of(dls, arch, n_out, pretrained, weights, args | _checked(config, args))
+    has_weights = pretrained or weights is not None
+    if normalize and has_weights: add_normalization(dls, arch, in_channels(model))
+    learn = Learner(dls, model, default_loss if loss_func is None else loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
     if has_weights: learn.freeze()
     return learn
+
+def _unet_of(dls: Any, arch: Any, n_out: int | None, pretrained: bool, weights: Any, args: dict[str, Any]) -> tuple[DynamicUnet, MSELossFlat | None]:
+    "The model that suits a batch, and the loss if the targets are images"
+    image, target = _first_of(dls)
+    to_image = dls.task is None and target is not None and target.dim() == 4
+    n_out = target.shape[1] if to_image and n_out is None else _outputs(dls, n_out)
+    model = create_unet_model(arch, n_out, image.shape[-2:], pretrained, weights, **{**args, 'n_in': _channels(image, args['n_in'])})
+    return model, MSELossFlat() if to_image else None
 
 def _checked(config: dict[str, Any] | None, args: dict[str, Any]) -> dict[str, Any]:
     "Arguments in a dictionary, by their right names"
