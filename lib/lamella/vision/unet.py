@@ -49,14 +49,15 @@ def create_unet_model(
     model = DynamicUnet(encoder, n_out, img_size, **args, act_cls=act_cls, init=init, norm_type=norm_type)
     found = None if isinstance(arch, (nn.Module, tuple, list)) else find_architecture(arch)
     name = getattr(act_cls, '__name__', '')
-    if found is not None and not callable(cut) and getattr(nn, name, None) is act_cls:
+    if getattr(nn, name, None) is act_cls:
         size = img_size if isinstance(img_size, int) else [int(o) for o in img_size][-2:]
-        model.built_by = (rebuild_unet_model, dict(arch=str(found), n_out=n_out, img_size=size, n_in=n_in, cut=cut, act_cls=name, norm_type=getattr(norm_type, 'name', norm_type), **args))
+        named = found is not None and not callable(cut)
+        model.built_by = (rebuild_unet_model, dict(arch=str(found) if named else encoder, n_out=n_out, img_size=size, n_in=n_in, cut=cut if named else None, act_cls=name, norm_type=getattr(norm_type, 'name', norm_type), **args))
     return model
 
 @register
 def rebuild_unet_model(
-    arch: str,                    # 'torchvision:name' or 'timm:name'
+    arch: str | nn.Module,        # 'torchvision:name' or 'timm:name', or the encoder itself
     n_out: int,                   # channels of the result
     img_size: int | list[int],    # (height, width)
     n_in: int = 3,                # channels of the images
@@ -65,11 +66,11 @@ def rebuild_unet_model(
     norm_type: str | None = None, # `None`, 'Batch', 'Instance', 'Weight' or 'Spectral'
     **args: Any,                  # of `DynamicUnet`
 ) -> DynamicUnet:                 # with random weights
-    "What an exported file names: the same network, without weights, which come from the file; nothing is downloaded"
+    "What an exported file names: the same network; the weights come from the file, and nothing is downloaded"
     unknown = args.keys() - {'blur', 'blur_final', 'self_attention', 'y_range', 'last_cross', 'bottle'}
     if unknown: raise TypeError(f'a U-Net has no argument {sorted(unknown)}')
     made = getattr(nn, act_cls, None) if isinstance(act_cls, str) else None
-    if not isinstance(arch, str) or not (cut is None or isinstance(cut, int)) or not (isinstance(made, type) and issubclass(made, nn.Module)):
+    if not isinstance(arch, (str, nn.Module)) or not (cut is None or isinstance(cut, int)) or not (isinstance(made, type) and issubclass(made, nn.Module)):
         raise TypeError(f'an architecture is a name, a cut a number, an activation a class of torch.nn, not {arch!r}, {cut!r} and {act_cls!r}')
     return create_unet_model(arch, n_out, img_size, False, n_in=n_in, cut=cut, act_cls=made, norm_type=norm_type, **args)
 
