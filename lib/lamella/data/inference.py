@@ -108,7 +108,7 @@ class InferencePipeline:
         "A decision as people would say it; points are in pixels of the input that the transforms have made, boxes in those of the image that was opened"
         if not self.targets: return decision
         if isinstance(decision, (tuple, list)) and len(self.targets) > 1: return self._labels(tuple(decision), () if sample is None else sample)
-        label = self.targets[0].decode(decision)
+        label = self.targets[0].decode(self._typed(decision))
         return label if sample is None or not isinstance(label, TensorBase) else self.item_tfms.decode((*sample, label))[-1]
 
     def _labels(self, decision: tuple, sample: tuple) -> Any:
@@ -118,3 +118,11 @@ class InferencePipeline:
         decoded = self.item_tfms.decode((*before, *typed))[len(before):]
         labels = tuple([field.decode(value) for field, value in zip(self.targets, decoded)])
         return next((o for o in labels if getattr(o, 'tells_all', False)), labels)
+
+    def _typed(self, decision: Any) -> Any:
+        "A decision as the type that the target has in a batch, and as it was before the batch transforms: images are no longer normalised"
+        kind = self.target_types[0] if self.target_types else None
+        if not (isinstance(kind, type) and issubclass(kind, TensorBase) and isinstance(decision, torch.Tensor)): return decision
+        typed, = self.batch_tfms.decode((kind.cast(decision[None]),))
+        return kind.cast(plain(typed)[0])
+

@@ -6,7 +6,9 @@
 from __future__ import annotations
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,13 +64,22 @@ def _fixed_size(arch: Architecture, n_in: int, img_size: tuple[int, int]) -> tup
         if error is None: return size, options
     raise ValueError(f"the maps of {arch} cannot be had: {error}") from error
 
+@contextmanager
+def _without_news(quiet: bool) -> Iterator[None]:
+    "A block in which timm does not say which weights it leaves out: `load_weights` has said that already"
+    logger = logging.getLogger('timm.models._builder')
+    before = logger.level
+    if quiet: logger.setLevel(logging.ERROR)
+    try: yield
+    finally: logger.setLevel(before)
+
 def _timm_encoder(arch: Architecture, pretrained: bool, weights: Any, n_in: int, img_size: tuple[int, int]) -> nn.Module:
     size, options = _fixed_size(arch, n_in, img_size)
     if weights is not None:
         whole = arch(num_classes=0)
         load_weights(whole, state_of(weights), ignore=CLASSIFIERS)
         options, pretrained = {**options, 'pretrained_cfg_overlay': {'state_dict': whole.state_dict(), 'source': 'timm'}}, True
-    model = arch(pretrained, features_only=True, in_chans=n_in, **options)
+    with _without_news(weights is not None): model = arch(pretrained, features_only=True, in_chans=n_in, **options)
     channels_last = str(getattr(getattr(model, 'output_fmt', None), 'value', '')) == 'NHWC'
     return AdaptedMaps(model, size, channels_last) if size is not None or channels_last else model
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..base.registry import checked_keywords, did_you_mean, register
 from ..learner.learner import Learner
 from ..losses import MSELossFlat
+from ..nets.body import in_channels
 from ..nets.unet import DynamicUnet
 from ..optim.optimizer import Adam
 from .encoders import create_encoder
@@ -48,14 +49,15 @@ def create_unet_model(
     model = DynamicUnet(encoder, n_out, img_size, **args, act_cls=act_cls, init=init, norm_type=norm_type)
     found = None if isinstance(arch, (nn.Module, tuple, list)) else find_architecture(arch)
     name = getattr(act_cls, '__name__', '')
-    if found is not None and not callable(cut) and getattr(nn, name, None) is act_cls:
+    if getattr(nn, name, None) is act_cls:
         size = img_size if isinstance(img_size, int) else [int(o) for o in img_size][-2:]
-        model.built_by = (rebuild_unet_model, dict(arch=str(found), n_out=n_out, img_size=size, n_in=n_in, cut=cut, act_cls=name, norm_type=getattr(norm_type, 'name', norm_type), **args))
+        named = found is not None and not callable(cut)
+        model.built_by = (rebuild_unet_model, dict(arch=str(found) if named else encoder, n_out=n_out, img_size=size, n_in=n_in, cut=cut if named else None, act_cls=name, norm_type=getattr(norm_type, 'name', norm_type), **args))
     return model
 
 @register
 def rebuild_unet_model(
-    arch: str,                    # 'torchvision:name' or 'timm:name'
+    arch: str | nn.Module,        # 'torchvision:name' or 'timm:name', or the encoder itself
     n_out: int,                   # channels of the result
     img_size: int | list[int],    # (height, width)
     n_in: int = 3,                # channels of the images
@@ -64,11 +66,11 @@ def rebuild_unet_model(
     norm_type: str | None = None, # `None`, 'Batch', 'Instance', 'Weight' or 'Spectral'
     **args: Any,                  # of `DynamicUnet`
 ) -> DynamicUnet:                 # with random weights
-    "What an exported file names: the same network, without weights, which come from the file; nothing is downloaded"
+    "What an exported file names: the same network; the weights come from the file, and nothing is downloaded"
     unknown = args.keys() - {'blur', 'blur_final', 'self_attention', 'y_range', 'last_cross', 'bottle'}
     if unknown: raise TypeError(f'a U-Net has no argument {sorted(unknown)}')
     made = getattr(nn, act_cls, None) if isinstance(act_cls, str) else None
-    if not isinstance(arch, str) or not (cut is None or isinstance(cut, int)) or not (isinstance(made, type) and issubclass(made, nn.Module)):
+    if not isinstance(arch, (str, nn.Module)) or not (cut is None or isinstance(cut, int)) or not (isinstance(made, type) and issubclass(made, nn.Module)):
         raise TypeError(f'an architecture is a name, a cut a number, an activation a class of torch.nn, not {arch!r}, {cut!r} and {act_cls!r}')
     return create_unet_model(arch, n_out, img_size, False, n_in=n_in, cut=cut, act_cls=made, norm_type=norm_type, **args)
 
@@ -108,17 +110,20 @@ def unet_learner(
 ) -> Learner:                                      # frozen up to the decoder, if there are pretrained weights
     "A learner that predicts something for each pixel: a U-Net around a pretrained encoder"
     args = dict(cut=cut, n_in=n_in, blur=blur, blur_final=blur_final, self_attention=self_attention, y_range=y_range, last_cross=last_cross, bottle=bottle, act_cls=act_cls, init=init, norm_type=norm_type)
-    args |= _checked(config, args)
-    image, target = _first_of(dls)
-    args['n_in'] = _channels(image, args['n_in'])
-    to_image = dls.task is None and target is not None and target.dim() == 4
-    n_out = target.shape[1] if to_image and n_out is None else _outputs(dls, n_out)
-    model, has_weights = create_unet_model(arch, n_out, image.shape[-2:], pretrained, weights, **args), pretrained or weights is not None
-    if normalize and has_weights: add_normalization(dls, arch, args['n_in'])
-    if loss_func is None and to_image: loss_func = MSELossFlat()
-    learn = Learner(dls, model, loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
+    model, default_loss = _unet_of(dls, arch, n_out, pretrained, weights, args | _checked(config, args))
+    has_weights = pretrained or weights is not None
+    if normalize and has_weights: add_normalization(dls, arch, in_channels(model))
+    learn = Learner(dls, model, default_loss if loss_func is None else loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
     if has_weights: learn.freeze()
     return learn
+
+def _unet_of(dls: Any, arch: Any, n_out: int | None, pretrained: bool, weights: Any, args: dict[str, Any]) -> tuple[DynamicUnet, MSELossFlat | None]:
+    "The model that suits a batch, and the loss if the targets are images"
+    image, target = _first_of(dls)
+    to_image = dls.task is None and target is not None and target.dim() == 4
+    n_out = target.shape[1] if to_image and n_out is None else _outputs(dls, n_out)
+    model = create_unet_model(arch, n_out, image.shape[-2:], pretrained, weights, **{**args, 'n_in': _channels(image, args['n_in'])})
+    return model, MSELossFlat() if to_image else None
 
 def _checked(config: dict[str, Any] | None, args: dict[str, Any]) -> dict[str, Any]:
     "Arguments in a dictionary, by their right names"
