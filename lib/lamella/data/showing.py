@@ -81,13 +81,18 @@ class Decoding:
         if self.input_types is None: self.learn_types()
         return with_types(batch, self.output_types or self.input_types)
 
+    def decode(self,
+        b: tuple, # as the loader gives it, or its first fields
+    ) -> tuple:   # the fields with their types, in main memory
+        "A whole batch on its way back through the batch transforms"
+        return self.after_batch.decode(self.typed(to_device(b, 'cpu', non_blocking=False)))
+
     def decode_batch(self,
         b: tuple,              # as the loader gives it
         max_n: int = 9,        # how many samples
     ) -> list[tuple]:          # samples, decoded as far as can be
         "The samples of a batch on their way back: denormalised, with their labels as names"
-        typed = to_device(b, 'cpu', non_blocking=False)
-        decoded = self.after_batch.decode(self.typed(typed))
+        decoded = self.decode(b)
         samples = [_element(decoded, i) for i in range(min(max_n, find_bs(b)))]
         return [self.decode_sample(o) for o in samples]
 

@@ -17,7 +17,7 @@ from .pipeline import Pipeline
 from .splitters import as_indices
 
 # %% auto #0
-__all__ = ['TfmdLists']
+__all__ = ['TfmdLists', 'show_at']
 
 # %% ../../../nbs/10_data/24_tfmdlists.ipynb #b54be416
 class TfmdLists(Datasets):
@@ -80,3 +80,12 @@ class TfmdLists(Datasets):
         "Show a value, decoded"
         value = self.decode(sample)
         return value.show(ctx=ctx, **kwargs) if hasattr(value, 'show') else ctx
+
+# %% ../../../nbs/10_data/24_tfmdlists.ipynb #1a130dbd
+def show_at(
+    o: Any,        # a `TfmdLists` or `Datasets`
+    idx: int,      # number of a sample
+    **kwargs: Any, # passed on to its `show`: `ctx`, ...
+) -> Any:          # the context
+    "Show one sample"
+    return o.show(o[idx], **kwargs)

@@ -20,7 +20,7 @@ from ..base.registry import did_you_mean, register
 from .labels import function_name
 
 # %% auto #0
-__all__ = ['accepted_types', 'find_handler', 'Transform', 'ItemTransform', 'RandTransform']
+__all__ = ['accepted_types', 'find_handler', 'Transform', 'ItemTransform', 'DisplayedTransform', 'RandTransform']
 
 # %% ../../../nbs/10_data/04_transform.ipynb #a82a444f
 _VERBS = ('encodes', 'decodes', 'setups')
@@ -240,6 +240,9 @@ class Transform(metaclass=_TransformMeta):
 class ItemTransform(Transform):
     "A transform of whole samples: `encodes` takes the tuple"
     whole = True
+
+class DisplayedTransform(Transform):
+    "A transform that shows its arguments: fastai's name for what every transform does here"
 
 # %% ../../../nbs/10_data/04_transform.ipynb #734bff9d
 class RandTransform(Transform):

@@ -224,15 +224,15 @@ def draw_points(
 ) -> None:
     "Points in the colours of their labels: a legend for classes, a scale for numbers"
     import matplotlib
-    x, y = points[:, 0], points[:, 1]
-    if labels is None: ax.scatter(x, y, size)
-    elif names is None and all(isinstance(o, float) for o in labels): ax.figure.colorbar(ax.scatter(x, y, size, c=labels, cmap=cmap), ax=ax)
+    x, y, over = points[:, 0], points[:, 1], {'zorder': 6} # thumbnails, which are axes of their own, have 5
+    if labels is None: ax.scatter(x, y, size, **over)
+    elif names is None and all(isinstance(o, float) for o in labels): ax.figure.colorbar(ax.scatter(x, y, size, c=labels, cmap=cmap, **over), ax=ax)
     else:
         names = sorted(set(labels), key=str) if names is None else names
         colors = matplotlib.colormaps[cmap or ('tab10' if len(names) <= 10 else 'tab20' if len(names) <= 20 else 'hsv')]
         for k, name in enumerate(names):
             mine = torch.tensor([o == name for o in labels])
-            ax.scatter(x[mine], y[mine], size, color=colors(k if len(names) <= 20 and cmap is None else k / max(1, len(names))), label=str(name))
+            ax.scatter(x[mine], y[mine], size, color=colors(k if len(names) <= 20 and cmap is None else k / max(1, len(names))), label=str(name), **over)
         if len(names) <= 20: ax.legend(fontsize='x-small', markerscale=1.2, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
 
 # %% ../../../nbs/50_interpret/20_embeddings.ipynb #e27c1245

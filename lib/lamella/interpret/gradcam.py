@@ -220,6 +220,6 @@ def draw_heat(
     else: show_image((picture - picture.min()) / (picture.max() - picture.min()).clamp(min=1e-9), ax=ax)
     height, width = ax.images[-1].get_array().shape[:2]
     scaled = F.interpolate(heat[None, None].float(), (height, width), mode='bilinear', align_corners=False)[0, 0]
-    scaled = scaled / scaled.max().clamp(min=1e-12)
-    ax.imshow(scaled, cmap=cmap, alpha=(alpha * scaled).numpy(), vmin=0, vmax=1, extent=ax.images[-1].get_extent())
+    scaled = (scaled / scaled.max().clamp(min=1e-12)).numpy()
+    ax.imshow(scaled, cmap=cmap, alpha=alpha * scaled, vmin=0, vmax=1, extent=ax.images[-1].get_extent())
     return ax
