@@ -17,7 +17,7 @@ from ..loop.callback import Callback
 from ..loop.events import CancelBatchException
 
 # %% auto #0
-__all__ = ['FeaturesCallback', 'NoLossCallback', 'Embedding']
+__all__ = ['FeaturesCallback', 'NoLossCallback', 'Extracting']
 
 # %% ../../../nbs/40_learner/31_embedding.ipynb #1647d15b
 class FeaturesCallback(Callback):
@@ -37,7 +37,7 @@ class NoLossCallback(Callback):
     def after_pred(self) -> None: raise CancelBatchException
 
 # %% ../../../nbs/40_learner/31_embedding.ipynb #637e75c1
-class Embedding(Predicting):
+class Extracting(Predicting):
     "The part of a learner that gives features in place of predictions"
 
     def get_embeddings(self,

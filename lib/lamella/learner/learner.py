@@ -19,7 +19,7 @@ from ..data.loaders import DataLoaders
 from .calling import Calling
 from .precision import Precision
 from .distributing import Distributing
-from .embedding import Embedding
+from .embedding import Extracting
 from .exchanging import Exchanging, as_loaders
 from .saving import Saving
 from ..loop.named import OwnLoss, computes_loss
@@ -39,7 +39,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/09_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Embedding, Saving, Distributing, Calling, Exchanging):
+class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Extracting, Saving, Distributing, Calling, Exchanging):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,
