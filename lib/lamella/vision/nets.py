@@ -205,8 +205,8 @@ def rebuild_vision_model(
     unknown, forbidden = head_args.keys() - set(_HEAD), options.keys() & set(_NEVER)
     if unknown: raise TypeError(f'a head has no argument {sorted(unknown)}')
     if forbidden: raise TypeError(f'a file may not say {sorted(forbidden)} of its network')
-    is_name = isinstance(arch, str) and not any(o in arch for o in ('hf-hub:', 'local-dir:'))
-    if not (is_name or is_registered(arch)) or not (cut is None or isinstance(cut, int) or callable(cut)): raise TypeError(f'an architecture is a name, and a cut a number, not {arch!r} and {cut!r}')
+    if isinstance(arch, str) and any(o in arch for o in ('hf-hub:', 'local-dir:')): raise ValueError(f"timm has no architecture '{arch}' of its own, and a file may not name others")
+    if not (isinstance(arch, str) or is_registered(arch)) or not (cut is None or isinstance(cut, int) or callable(cut)): raise TypeError(f'an architecture is a name, and a cut a number, not {arch!r} and {cut!r}')
     return create_vision_model(arch, n_out, False, n_in=n_in, cut=cut, custom_head=custom_head, trim=trim, **head_args, **options)
 
 # %% ../../../nbs/60_vision/17_nets.ipynb #76c63f33
