@@ -105,9 +105,10 @@ class InferencePipeline:
         decision: Any,               # a prediction of one sample, decoded by the loss; a tuple for several targets
         sample: tuple | None = None, # the inputs, as `sample` gives them
     ) -> Any:                        # such as 'cat'; a tuple for several targets, unless one of the labels tells all
-        "A decision as people would say it; points are in pixels of the input that the transforms have made, boxes in those of the image that was opened"
+        "A decision as people would say it; points and boxes are in pixels of the image that was opened"
         if not self.targets: return decision
         if isinstance(decision, (tuple, list)) and len(self.targets) > 1: return self._labels(tuple(decision), () if sample is None else sample)
+        if isinstance(sample, TracedSample) and self.target_types[:1] != [None]: return self._labels((decision,), sample)[0]
         label = self.targets[0].decode(self._typed(decision))
         return label if sample is None or not isinstance(label, TensorBase) else self.item_tfms.decode((*sample, label))[-1]
 
@@ -125,4 +126,5 @@ class InferencePipeline:
         if not (isinstance(kind, type) and issubclass(kind, TensorBase) and isinstance(decision, torch.Tensor)): return decision
         typed, = self.batch_tfms.decode((kind.cast(decision[None]),))
         return kind.cast(plain(typed)[0])
+
 

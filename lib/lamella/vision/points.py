@@ -111,6 +111,26 @@ class TensorPoint(TensorBase):
         tl = tuple((o - s) // 2 for o, s in zip(whole, size)) if tl is None else tl
         return self.moved(lambda p: torch.stack([((p[..., i] + 1) * whole[i] / 2 - tl[i]) * 2 / size[i] - 1 for i in (0, 1)], dim=-1))
 
+    @classmethod
+    def landmarks(cls,
+        values: tuple,        # the inputs of a sample, as they were opened
+        tfms: Sequence[Any],  # the item transforms that they will go through
+    ) -> TensorPoint | None:  # (3,2), in pixels; `None` if there is no image, or if places are not scaled from its pixels
+        "The corners of an image at the left top, right top and left bottom: where they go tells where everything goes"
+        scaler = next((f for f in tfms if hasattr(f, 'do_scale')), None)
+        size = next((_size_of(o) for o in values if hasattr(o, 'contexts')), None)
+        if size is None or scaler is None or not scaler.do_scale or scaler.y_first: return None
+        return TensorPoint.create([[0, 0], [size[0], 0], [0, size[1]]])
+
+    def on_opened(self,
+        marks: torch.Tensor, # (3,2): where `landmarks` went, from -1 to 1 of the image that these points belong to
+    ) -> TensorPoint:        # from -1 to 1 of the image as it was opened
+        "The same points, in the image before all transforms"
+        first, right, down = marks.double()
+        back = torch.linalg.inv(torch.stack([right - first, down - first], 1)).T
+        points = self.cast(plain(self).reshape(-1, self._width)) # a model returns them one after the other
+        return points.moved(lambda p: (((p.double() - first) @ back) * 2 - 1).to(p.dtype))
+
 def _axes(ctx: Axes | None) -> Axes:
     "Where to draw if it is not said: the current axes; what is outside of a picture does not make it smaller"
     import matplotlib.pyplot as plt
@@ -159,24 +179,9 @@ class TensorBBox(TensorPoint):
         x = plain(self).clamp(-1, 1)
         return self.cast(x.masked_fill(self.cast(x).empty()[..., None], 0))
 
-    @classmethod
-    def landmarks(cls,
-        values: tuple,        # the inputs of a sample, as they were opened
-        tfms: Sequence[Any],  # the item transforms that they will go through
-    ) -> TensorPoint | None:  # (3,2), in pixels; `None` if there is no image, or if places are not scaled from its pixels
-        "The corners of an image at the left top, right top and left bottom: where they go tells where everything goes"
-        scaler = next((f for f in tfms if hasattr(f, 'do_scale')), None)
-        size = next((_size_of(o) for o in values if hasattr(o, 'contexts')), None)
-        if size is None or scaler is None or not scaler.do_scale or scaler.y_first: return None
-        return TensorPoint.create([[0, 0], [size[0], 0], [0, size[1]]])
-
-    def on_opened(self,
-        marks: torch.Tensor, # (3,2): where `landmarks` went, from -1 to 1 of the image that these boxes belong to
-    ) -> TensorBBox:         # from -1 to 1 of the image as it was opened, cut off at its edges
-        "The same boxes, in the image before all transforms"
-        first, right, down = marks.double()
-        back = torch.linalg.inv(torch.stack([right - first, down - first], 1)).T
-        return self.moved(lambda p: (((p.double() - first) @ back) * 2 - 1).to(p.dtype)).clipped()
+    def on_opened(self, marks: torch.Tensor) -> TensorBBox: # from -1 to 1 of the image as it was opened
+        "The same boxes, in the image before all transforms, cut off at its edges"
+        return super().on_opened(marks).clipped()
 
     def empty(self) -> torch.Tensor: # booleans, one for each box
         "Which boxes have no area"
