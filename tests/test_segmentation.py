@@ -256,7 +256,7 @@ def test_looking(trained):
     trained.dls.show_batch(max_n=4)
     assert all(len(ax.images) == 2 for ax in plt.gcf().axes)
     trained.show_results(max_n=2)
-    assert [ax.get_title() for ax in plt.gcf().axes][:4] == ['target', 'prediction'] * 2
+    assert [ax.get_title().split('\n')[0] for ax in plt.gcf().axes][:4] == ['target', 'prediction'] * 2
     plt.close('all')
 
 # From images to images

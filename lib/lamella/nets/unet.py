@@ -11,57 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attention import SelfAttention
 from .body import evaluating, in_channels
+from .convolutions import ConvLayer, PixelShuffle_ICNR
 from .layers import SigmoidRange, apply_init
+from .norms import NormType
 
 # %% auto #0
 __all__ = ['ResizeToOrig', 'UnetBlock', 'maps_of', 'map_shapes', 'last_of_each_size', 'DynamicUnet']
 
 # %% ../../../nbs/11_nets/30_unet.ipynb #a07af5df
-def _norm_name(norm_type: Any) -> str | None:
-    "The name of a kind of norm: a string, or a member of an enum"
+def _norm_of(norm_type: Any) -> NormType | None:
+    "A kind of norm, by its name or as it is"
     name = getattr(norm_type, 'name', norm_type)
-    if name in (None, 'Batch', 'Instance', 'Weight', 'Spectral'): return name
+    if name in (None, 'Batch', 'Instance', 'Weight', 'Spectral'): return None if name is None else NormType[name]
     raise ValueError(f"norm_type is None, 'Batch', 'Instance', 'Weight' or 'Spectral', not {norm_type!r}")
-
-def _conv(n_in: int, n_out: int, size: int = 3, norm_type: Any = None, act_cls: Callable[[], nn.Module] | None = nn.ReLU, fill: Callable | None = nn.init.kaiming_normal_) -> nn.Sequential:
-    "A convolution that keeps the size, its norm, its activation"
-    name = _norm_name(norm_type)
-    conv: nn.Module = nn.Conv2d(n_in, n_out, size, padding=size // 2, bias=name not in ('Batch', 'Instance'))
-    if fill is not None: fill(conv.weight)
-    if conv.bias is not None: nn.init.zeros_(conv.bias)
-    if name == 'Weight': conv = nn.utils.parametrizations.weight_norm(conv)
-    if name == 'Spectral': conv = nn.utils.parametrizations.spectral_norm(conv)
-    norms = {'Batch': nn.BatchNorm2d, 'Instance': lambda n: nn.InstanceNorm2d(n, affine=True)}
-    return nn.Sequential(conv, *([norms[name](n_out)] if name in norms else []), *([act_cls()] if act_cls is not None else []))
-
-def _icnr(weight: torch.Tensor, scale: int = 2) -> torch.Tensor:
-    "Fill the weight of a convolution so that a pixel shuffle after it repeats each pixel (Aitken et al., 2017)"
-    few = nn.init.kaiming_normal_(weight.new_empty(len(weight) // scale**2, *weight.shape[1:]))
-    with torch.no_grad(): return weight.copy_(few.repeat_interleave(scale**2, 0))
-
-def _shuffle(n_in: int, n_out: int, blur: bool = False, norm_type: Any = None, act_cls: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    "Twice the height and width, by a pixel shuffle; `blur` averages 2x2 pixels afterwards"
-    blurring = [nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride=1)] if blur else []
-    return nn.Sequential(_conv(n_in, 4 * n_out, 1, norm_type, act_cls, _icnr), nn.PixelShuffle(2), *blurring)
-
-class _Attention(nn.Module):
-    "Each pixel looks at all others (Zhang et al., 2018); it begins as if it were not there"
-    def __init__(self, n: int):
-        super().__init__()
-        make = lambda n_out: nn.utils.parametrizations.spectral_norm(nn.Conv2d(n, n_out, 1, bias=False))
-        self.query, self.key, self.value = make(max(1, n // 8)), make(max(1, n // 8)), make(n)
-        self.gamma = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = (conv(x).flatten(2).transpose(1, 2) for conv in (self.query, self.key, self.value))
-        return x + self.gamma * F.scaled_dot_product_attention(query, key, value, scale=1.).transpose(1, 2).reshape(x.shape)
 
 class _Residual(nn.Module):
     "Two convolutions and the way around them"
     def __init__(self, n: int, n_between: int, norm_type: Any, act_cls: Callable[[], nn.Module], init: Callable | None):
         super().__init__()
-        self.convs = nn.Sequential(_conv(n, n_between, norm_type=norm_type, act_cls=act_cls), _conv(n_between, n, norm_type=norm_type, act_cls=None))
+        self.convs = nn.Sequential(ConvLayer(n, n_between, norm_type=norm_type, act_cls=act_cls), ConvLayer(n_between, n, norm_type=norm_type, act_cls=None))
         if init is not None: apply_init(self.convs, init)
         self.act = act_cls()
 
@@ -98,14 +68,14 @@ class UnetBlock(nn.Module):
         norm_type: Any = None,           # `None`, 'Batch', 'Instance', 'Weight' or 'Spectral'
     ):
         super().__init__()
-        n_in = up_in_c // 2 + x_in_c
+        n_in, norm_type = up_in_c // 2 + x_in_c, _norm_of(norm_type)
         self.hook, self.n_out = hook, n_in if final_div else n_in // 2
-        self.shuf = _shuffle(up_in_c, up_in_c // 2, blur, norm_type, act_cls)
+        self.shuf = PixelShuffle_ICNR(up_in_c, up_in_c // 2, blur=blur, norm_type=norm_type, act_cls=act_cls)
         self.bn = nn.BatchNorm2d(x_in_c) if x_in_c else None
         self.relu = act_cls()
-        self.convs = nn.Sequential(_conv(n_in, self.n_out, norm_type=norm_type, act_cls=act_cls), _conv(self.n_out, self.n_out, norm_type=norm_type, act_cls=act_cls))
+        self.convs = nn.Sequential(ConvLayer(n_in, self.n_out, norm_type=norm_type, act_cls=act_cls), ConvLayer(self.n_out, self.n_out, norm_type=norm_type, act_cls=act_cls))
         if init is not None: apply_init(self.convs, init)
-        if self_attention: self.convs.append(_Attention(self.n_out))
+        if self_attention: self.convs.append(SelfAttention(self.n_out))
 
     def forward(self,
         up_in: torch.Tensor,               # (n, up_in_c, h, w)
@@ -171,23 +141,23 @@ class DynamicUnet(nn.Module):
         norm_type: Any = None,                    # `None`, 'Batch', 'Instance', 'Weight' or 'Spectral'
     ):
         super().__init__()
-        shapes, n_in = map_shapes(encoder, img_size), in_channels(encoder)
+        shapes, n_in, norm_type = map_shapes(encoder, img_size), in_channels(encoder), _norm_of(norm_type)
         self.encoder, self.taps = encoder, last_of_each_size(shapes)
         *skips, (n, *_) = [shapes[k] for k in self.taps]
         doublings = _doublings(img_size, shapes[self.taps[0]])
         skip_channels = [c for c, *_ in reversed(skips)] + [0] * (doublings - 1)
-        self.middle = nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), _conv(n, 2 * n, norm_type=norm_type, act_cls=act_cls), _conv(2 * n, n, norm_type=norm_type, act_cls=act_cls))
+        self.middle = nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), ConvLayer(n, 2 * n, norm_type=norm_type, act_cls=act_cls), ConvLayer(2 * n, n, norm_type=norm_type, act_cls=act_cls))
         if init is not None: apply_init(self.middle, init)
         self.blocks = nn.ModuleList()
         for k, n_skip in enumerate(skip_channels):
             left = len(skip_channels) - 1 - k
             self.blocks.append(UnetBlock(n, n_skip, None, left > 0, blur and (left > 0 or blur_final), act_cls, self_attention and left == 2, init, norm_type))
             n = self.blocks[-1].n_out
-        self.shuffle = _shuffle(n, n, norm_type=norm_type, act_cls=act_cls) if doublings else nn.Identity()
+        self.shuffle = PixelShuffle_ICNR(n, n, norm_type=norm_type, act_cls=act_cls) if doublings else nn.Identity()
         self.resize = ResizeToOrig()
         n += n_in if last_cross else 0
         self.cross = _Residual(n, n // 2 if bottle else n, norm_type, act_cls, init) if last_cross else None
-        self.head = _conv(n, n_out, 1, act_cls=None)
+        self.head = ConvLayer(n, n_out, 1, norm_type=None, act_cls=None)
         self.range = nn.Identity() if y_range is None else SigmoidRange(*y_range)
 
     def __getitem__(self, i: int | slice) -> nn.Module:

@@ -5,7 +5,6 @@
 # %% ../../../nbs/60_vision/50_detectors.ipynb #ad9702d6
 from __future__ import annotations
 import functools
-import logging
 from collections import OrderedDict
 from enum import Enum
 from typing import Any
@@ -15,8 +14,9 @@ from torch import nn
 
 from ..base.registry import did_you_mean
 from ..nets.weights import load_weights
-from .architectures import Architecture, find_architecture, not_loaded, stats_of
-from .nets import CLASSIFIERS, adapt_channels, state_of
+from .architectures import Architecture, find_architecture, stats_of
+from .encoders import timm_maps
+from .nets import adapt_channels, state_of
 
 # %% auto #0
 __all__ = ['KINDS', 'list_detectors', 'find_detector', 'Pyramid', 'build_detector']
@@ -71,26 +71,10 @@ class Pyramid(nn.Module):
 
 def _timm_features(found: Architecture, pretrained: bool, weights: Any, n_in: int, finest: int) -> nn.Module:
     "The network as one that returns its feature maps from stride `finest` to 32"
-    import timm
-    options: dict[str, Any] = {'features_only': True, 'in_chans': n_in}
-    if weights is not None: options |= {'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': _checked_state(found, weights)}}
-    strides = timm.create_model(found.name, features_only=True).feature_info.reduction()
+    strides = found(features_only=True).feature_info.reduction()
     wanted = [max(i for i, s in enumerate(strides) if s == stride) for stride in (4, 8, 16, 32) if stride >= finest and stride in strides]
     if len(wanted) < 2: raise ValueError(f"'{found.name}' cannot be the backbone of a detector: its feature maps have the strides {strides}, and a pyramid needs several of {finest} to 32")
-    logger = logging.getLogger('timm.models._builder') # would list the layers of the classifier, which are not needed here
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try: return timm.create_model(found.name, **{'pretrained': pretrained, **options}, out_indices=tuple(wanted))
-    except Exception as error:
-        if not pretrained or weights is not None: raise
-        raise not_loaded(found.name, error) from error
-    finally: logger.setLevel(level)
-
-def _checked_state(found: Architecture, weights: Any) -> dict[str, torch.Tensor]:
-    "The weights of the whole network, those that fit"
-    whole = found()
-    load_weights(whole, weights, ignore=CLASSIFIERS)
-    return whole.state_dict()
+    return timm_maps(found, pretrained, weights, n_in, out_indices=tuple(wanted))
 
 # %% ../../../nbs/60_vision/50_detectors.ipynb #dd5a415b
 def _around_backbone(kind: str, n_classes: int, backbone: Any, pretrained: bool, weights: Any, n_in: int, width: int, levels: int, head_convs: int, options: dict) -> nn.Module:

@@ -23,7 +23,7 @@ from .bodies import TimmBody
 from .nets import CLASSIFIERS, adapt_channels, state_of
 
 # %% auto #0
-__all__ = ['AdaptedMaps', 'chain_of', 'create_encoder']
+__all__ = ['AdaptedMaps', 'timm_maps', 'chain_of', 'create_encoder']
 
 # %% ../../../nbs/60_vision/40_encoders.ipynb #07ee6606
 class AdaptedMaps(nn.Module):
@@ -73,13 +73,23 @@ def _without_news(quiet: bool) -> Iterator[None]:
     try: yield
     finally: logger.setLevel(before)
 
-def _timm_encoder(arch: Architecture, pretrained: bool, weights: Any, n_in: int, img_size: tuple[int, int]) -> nn.Module:
-    size, options = _fixed_size(arch, n_in, img_size)
+def timm_maps(
+    arch: Architecture,  # a network of timm
+    pretrained: bool,    # with timm's weights
+    weights: Any,        # a file with weights of the whole network, or a state dict
+    n_in: int,           # channels of the images
+    **options: Any,      # arguments of timm's constructor, such as `out_indices`
+) -> nn.Module:          # returns a list of maps
+    "A network of timm as one that returns its feature maps"
     if weights is not None:
         whole = arch(num_classes=0)
         load_weights(whole, state_of(weights), ignore=CLASSIFIERS)
         options, pretrained = {**options, 'pretrained_cfg_overlay': {'state_dict': whole.state_dict(), 'source': 'timm'}}, True
-    with _without_news(weights is not None): model = arch(pretrained, features_only=True, in_chans=n_in, **options)
+    with _without_news(pretrained): return arch(pretrained, features_only=True, in_chans=n_in, **options)
+
+def _timm_encoder(arch: Architecture, pretrained: bool, weights: Any, n_in: int, img_size: tuple[int, int]) -> nn.Module:
+    size, options = _fixed_size(arch, n_in, img_size)
+    model = timm_maps(arch, pretrained, weights, n_in, **options)
     channels_last = str(getattr(getattr(model, 'output_fmt', None), 'value', '')) == 'NHWC'
     return AdaptedMaps(model, size, channels_last) if size is not None or channels_last else model
 

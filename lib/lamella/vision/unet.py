@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from ..base.registry import checked_keywords, did_you_mean, register
+from ..learner.defaults import chosen_metrics
 from ..learner.learner import Learner
 from ..losses import MSELossFlat
 from ..nets.body import in_channels
 from ..nets.unet import DynamicUnet
+from ..nets.weights import set_channels_last
 from ..optim.optimizer import Adam
 from .encoders import create_encoder
 from .learner import add_normalization, _outputs
@@ -113,8 +115,9 @@ def unet_learner(
     model, default_loss = _unet_of(dls, arch, n_out, pretrained, weights, args | _checked(config, args))
     has_weights = pretrained or weights is not None
     if normalize and has_weights: add_normalization(dls, arch, in_channels(model))
-    learn = Learner(dls, model, default_loss if loss_func is None else loss_func, opt_func, lr, splitter or vision_splitter, cbs, metrics, path, model_dir, wd, wd_bn_bias, train_bn, moms)
+    learn = Learner(dls, model, default_loss if loss_func is None else loss_func, opt_func, lr, splitter or vision_splitter, cbs, chosen_metrics(dls, metrics, loss_func, n_out), path, model_dir, wd, wd_bn_bias, train_bn, moms)
     if has_weights: learn.freeze()
+    set_channels_last(model, dls.device)
     return learn
 
 def _unet_of(dls: Any, arch: Any, n_out: int | None, pretrained: bool, weights: Any, args: dict[str, Any]) -> tuple[DynamicUnet, MSELossFlat | None]:
