@@ -4654,6 +4654,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'lamella/vision/augment.py'),
                                         'lamella.vision.augment._crop': ('60_vision/augment.html#_crop', 'lamella/vision/augment.py'),
                                         'lamella.vision.augment.aug_transforms': ( '60_vision/augment.html#aug_transforms',
+                                                                                   'lamella/vision/augment.py'),
+                                        'lamella.vision.augment.setup_aug_tfms': ( '60_vision/augment.html#setup_aug_tfms',
                                                                                    'lamella/vision/augment.py')},
             'lamella.vision.batch': { 'lamella.vision.batch.BatchTransform': ( '60_vision/batch.html#batchtransform',
                                                                                'lamella/vision/batch.py'),

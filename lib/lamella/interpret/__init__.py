@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Interpretation', 'ClassificationInterpretation', 'SegmentationInterpretation', 'DetectionInterpretation',
-           'RegressionInterpretation']
+           'RegressionInterpretation', 'Embeddings', 'plot_embeddings', 'GradCAM', 'plot_gradcam']
 
 # %% ../../../nbs/50_interpret/11_init.ipynb #9add0a2f
 from .classification import ClassificationInterpretation
 from .core import Interpretation
 from .detection import DetectionInterpretation
+from .embeddings import Embeddings, plot_embeddings
+from .gradcam import GradCAM, plot_gradcam
 from .regression import RegressionInterpretation
 from .segmentation import SegmentationInterpretation
 
-_all_ = ['Interpretation', 'ClassificationInterpretation', 'SegmentationInterpretation', 'DetectionInterpretation', 'RegressionInterpretation']
+_all_ = ['Interpretation', 'ClassificationInterpretation', 'SegmentationInterpretation', 'DetectionInterpretation', 'RegressionInterpretation', 'Embeddings', 'plot_embeddings', 'GradCAM', 'plot_gradcam']

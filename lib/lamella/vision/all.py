@@ -7,40 +7,41 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'densenet121', 'densenet161', 'densenet169', 'densenet201', 'vgg11_bn', 'vgg13_bn', 'vgg16_bn', 'vgg19_bn',
            'mobilenet_v2', 'mobilenet_v3_small', 'mobilenet_v3_large', 'convnext_tiny', 'efficientnet_b0', 'json',
            'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial',
-           'Path', 'np', 'torch', 'F', 'first', 'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image',
-           'Tensor', 'nn', 'optim', 'apply', 'concat', 'find_device', 'item_find', 'logit', 'one_hot', 'one_hot_decode',
-           'to_half', 'to_np', 'unsqueeze', 'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download',
-           'untar_data', 'get_grid', 'show_image', 'show_image_batch', 'show_images', 'show_titled_image', 'subplots',
-           'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach', 'to_device', 'register_layer', 'distrib_barrier',
-           'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib', 'setup_distrib', 'teardown_distrib',
-           'LazyModule', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed',
-           'GradientAccumulation', 'AutoBatch', 'EMACallback', 'BnFreeze', 'bn_types', 'set_bn_eval',
-           'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer', 'ParallelTrainer',
-           'FineTuning', 'GatherPredsCallback', 'GradientCheckpointing', 'GradientClip', 'ActivationStats',
-           'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide', 'steep', 'valley',
-           'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger', 'TerminateOnNaNCallback',
-           'ReduceLROnPlateau', 'FetchPredsCallback', 'MCDropoutCallback', 'AMPMode', 'ChannelsLast', 'MixedPrecision',
-           'to_float', 'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize', 'ModelResetter', 'RNNCallback',
-           'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback', 'EarlyStoppingCallback',
-           'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger', 'log_dataset', 'log_model',
-           'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock', 'RegressionSetup', 'TransformBlock',
-           'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter', 'RegexLabeller', 'parent_label',
-           'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize',
-           'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError', 'Pipeline', 'FileGetter',
-           'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter',
-           'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter',
-           'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'ThirdParty', 'train_only', 'ItemTransform',
-           'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat',
-           'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'show_title', 'ExportError', 'Predictor',
-           'load_learner', 'ClassificationInterpretation', 'DetectionInterpretation', 'Interpretation',
-           'RegressionInterpretation', 'SegmentationInterpretation', 'Embeddings', 'nearest', 'plot_embeddings',
-           'GradCAM', 'plot_gradcam', 'Prediction', 'Learner', 'register_strategy', 'load_model', 'save_model',
-           'Callback', 'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException',
-           'CancelFitException', 'CancelStepException', 'CancelTrainException', 'CancelValidException', 'event',
-           'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder', 'reduce_loss', 'TrackerCallback', 'BaseLoss',
-           'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss',
-           'FocalLossFlat', 'HuberLossFlat', 'L1LossFlat', 'LabelSmoothingCrossEntropy',
-           'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat', 'AccumMetric', 'ActivationType',
+           'Path', 'np', 'array', 'torch', 'F', 'fastuple', 'first', 'ifnone', 'noop', 'noops', 'range_of',
+           'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim', 'apply', 'concat', 'find_device',
+           'item_find', 'logit', 'one_hot', 'one_hot_decode', 'to_half', 'to_np', 'unsqueeze', 'default_device',
+           'num_cpus', 'DownloadError', 'URLs', 'download', 'untar_data', 'get_grid', 'show_image', 'show_image_batch',
+           'show_images', 'show_titled_image', 'subplots', 'find_bs', 'tensor', 'to_concat', 'to_cpu', 'to_detach',
+           'to_device', 'register_layer', 'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first',
+           'rank_distrib', 'setup_distrib', 'teardown_distrib', 'LazyModule', 'register', 'get_random_states',
+           'no_random', 'set_random_states', 'set_seed', 'GradientAccumulation', 'AutoBatch', 'EMACallback', 'BnFreeze',
+           'bn_types', 'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback', 'DistributedTrainer',
+           'ParallelTrainer', 'FineTuning', 'GatherPredsCallback', 'GradientCheckpointing', 'GradientClip',
+           'ActivationStats', 'HookCallback', 'CSVLogger', 'JSONLines', 'JSONLogger', 'LRFinder', 'minimum', 'slide',
+           'steep', 'valley', 'CutMix', 'CutMixUp', 'MixHandler', 'MixUp', 'MLflowCallback', 'MLflowLogger',
+           'TerminateOnNaNCallback', 'ReduceLROnPlateau', 'FetchPredsCallback', 'MCDropoutCallback', 'AMPMode',
+           'ChannelsLast', 'MixedPrecision', 'to_float', 'ProgressCallback', 'ShowGraphCallback', 'ProgressiveResize',
+           'ModelResetter', 'RNNCallback', 'RNNRegularizer', 'rnn_cbs', 'ParamScheduler', 'ShortEpochCallback',
+           'EarlyStoppingCallback', 'TensorBoardCallback', 'TensorBoardLogger', 'WandbCallback', 'WandbLogger',
+           'log_dataset', 'log_model', 'Categorize', 'CategoryBlock', 'CategoryMap', 'RegressionBlock',
+           'RegressionSetup', 'TransformBlock', 'DataBlock', 'Datasets', 'AttrGetter', 'ColReader', 'ItemGetter',
+           'RegexLabeller', 'parent_label', 'using_attr', 'DataLoader', 'TfmdDL', 'DataLoaders', 'PartialDL',
+           'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError',
+           'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter',
+           'EndSplitter', 'FileSplitter', 'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter',
+           'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'show_at', 'ThirdParty',
+           'train_only', 'DisplayedTransform', 'ItemTransform', 'RandTransform', 'Transform', 'Category',
+           'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat',
+           'TitledStr', 'TitledTuple', 'show_title', 'ExportError', 'Predictor', 'load_learner',
+           'ClassificationInterpretation', 'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation',
+           'SegmentationInterpretation', 'Embeddings', 'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam',
+           'Prediction', 'Learner', 'register_strategy', 'load_model', 'save_model', 'Callback', 'before_batch_cb',
+           'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
+           'CancelStepException', 'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback',
+           'OwnLoss', 'Recorder', 'reduce_loss', 'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat',
+           'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss', 'FocalLossFlat', 'HuberLossFlat',
+           'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat',
+           'SmoothL1LossFlat', 'point_distance', 'metrics_of_task', 'best_thresholds', 'AccumMetric', 'ActivationType',
            'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore',
            'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric', 'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score',
            'F1ScoreMulti', 'FBeta', 'FBetaMulti', 'HammingLoss', 'HammingLossMulti', 'Jaccard', 'JaccardCoeff',
@@ -66,26 +67,27 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'UnetBlock', 'load_weights', 'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan', 'Lamb', 'Larc',
            'Lion', 'Lookahead', 'QHAdam', 'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp', 'SchedLin',
            'SchedNo', 'SchedPoly', 'annealer', 'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin',
-           'sched_no', 'list_backbones', 'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing',
-           'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor', 'Normalize', 'cifar_stats',
-           'imagenet_stats', 'mnist_stats', 'TimmBody', 'read_boxes', 'read_coco', 'read_voc', 'BBoxLabeler', 'bb_pad',
-           'clip_remove_empty', 'get_annotations', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock',
-           'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders', 'to_image', 'DetectionLoss',
-           'DetectionTargets', 'Detector', 'create_detector', 'detection_splitter', 'DetectionDataLoaders',
-           'detection_learner', 'list_detectors', 'download_images', 'Failed', 'resize_image', 'resize_images',
-           'verify_image', 'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw',
-           'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner',
-           'read_codes', 'init_cnn', 'XResNet', 'xresnet101', 'xresnet152', 'xresnet18', 'xresnet18_deep',
-           'xresnet18_deeper', 'xresnet34', 'xresnet34_deep', 'xresnet34_deeper', 'xresnet50', 'xresnet50_deep',
-           'xresnet50_deeper', 'xresnext101', 'xresnext18', 'xresnext34', 'xresnext50', 'xse_resnet101',
-           'xse_resnet152', 'xse_resnet18', 'xse_resnet34', 'xse_resnet50', 'xse_resnext101', 'xse_resnext18',
-           'xse_resnext18_deep', 'xse_resnext18_deeper', 'xse_resnext34', 'xse_resnext34_deep', 'xse_resnext34_deeper',
-           'xse_resnext50', 'xse_resnext50_deep', 'xse_resnext50_deeper', 'xsenet154', 'models', 'Architecture',
-           'create_timm_model', 'create_vision_model', 'model_meta', 'vision_splitter', 'predict_mask', 'LabeledBBox',
-           'TensorBBox', 'TensorPoint', 'affine_mat', 'make_shapes', 'AddMaskCodes', 'PointScaler', 'CropPad',
-           'DihedralItem', 'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod',
-           'ToTensor', 'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase',
-           'TensorImageBW', 'TensorMask', 'image2tensor', 'create_unet_model', 'unet_learner']
+           'sched_no', 'find_architecture', 'list_backbones', 'stats_of', 'Brightness', 'Contrast', 'Hue',
+           'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'setup_aug_tfms',
+           'IntToFloatTensor', 'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'TimmBody', 'read_boxes',
+           'read_coco', 'read_voc', 'BBoxLabeler', 'bb_pad', 'clip_remove_empty', 'get_annotations', 'PadMode',
+           'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders', 'MaskBlock', 'PointBlock',
+           'SegmentationDataLoaders', 'to_image', 'DetectionLoss', 'DetectionTargets', 'Detector', 'create_detector',
+           'detection_splitter', 'DetectionDataLoaders', 'detection_learner', 'list_detectors', 'download_images',
+           'Failed', 'resize_image', 'resize_images', 'verify_image', 'verify_images', 'AffineCoordTfm',
+           'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp',
+           'Zoom', 'cnn_learner', 'vision_learner', 'create_encoder', 'MaskFiles', 'MaskOfColors', 'read_codes',
+           'init_cnn', 'XResNet', 'xresnet101', 'xresnet152', 'xresnet18', 'xresnet18_deep', 'xresnet18_deeper',
+           'xresnet34', 'xresnet34_deep', 'xresnet34_deeper', 'xresnet50', 'xresnet50_deep', 'xresnet50_deeper',
+           'xresnext101', 'xresnext18', 'xresnext34', 'xresnext50', 'xse_resnet101', 'xse_resnet152', 'xse_resnet18',
+           'xse_resnet34', 'xse_resnet50', 'xse_resnext101', 'xse_resnext18', 'xse_resnext18_deep',
+           'xse_resnext18_deeper', 'xse_resnext34', 'xse_resnext34_deep', 'xse_resnext34_deeper', 'xse_resnext50',
+           'xse_resnext50_deep', 'xse_resnext50_deeper', 'xsenet154', 'models', 'Architecture', 'create_timm_model',
+           'create_vision_model', 'model_meta', 'vision_splitter', 'predict_mask', 'LabeledBBox', 'TensorBBox',
+           'TensorPoint', 'affine_mat', 'make_shapes', 'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem',
+           'FlipItem', 'RandomCrop', 'RandomResizedCrop', 'RatioResize', 'Resize', 'ResizeMethod', 'ToTensor',
+           'PILBase', 'PILImage', 'PILImageBW', 'PILMask', 'TensorImage', 'TensorImageBase', 'TensorImageBW',
+           'TensorMask', 'image2tensor', 'create_unet_model', 'unet_learner']
 
 # %% ../../../nbs/60_vision/37_all.ipynb #b1460732
 import json
@@ -103,9 +105,10 @@ from pathlib import Path
 
 import fastcore.xtras # Path.ls and its kin
 import numpy as np
+from numpy import array
 import torch
 import torch.nn.functional as F
-from fastcore.basics import first, ifnone, noop, range_of, store_attr
+from fastcore.basics import fastuple, first, ifnone, noop, noops, range_of, store_attr
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from PIL import Image
@@ -161,9 +164,9 @@ from ..data.pipeline import DataError, Pipeline
 from ..data.sources import FileGetter, ImageGetter, get_files, get_image_files, image_extensions
 from lamella.data.splitters import (ColSplitter, EndSplitter, FileSplitter, FuncSplitter, GrandparentSplitter, IndexSplitter, MaskSplitter, RandomSplitter, RandomSubsetSplitter,
     TrainTestSplitter)
-from ..data.tfmdlists import TfmdLists
+from ..data.tfmdlists import TfmdLists, show_at
 from ..data.third_party import ThirdParty, train_only
-from ..data.transform import ItemTransform, RandTransform, Transform
+from ..data.transform import DisplayedTransform, ItemTransform, RandTransform, Transform
 from ..data.types import (Category, MultiCategory, TensorBase, TensorCategory, TensorFloat, TensorMultiCategory, TitledFloat, TitledStr, TitledTuple, show_title)
 from ..export.predictor import ExportError, Predictor, load_learner
 from ..interpret import (ClassificationInterpretation, DetectionInterpretation, Interpretation, RegressionInterpretation, SegmentationInterpretation)
@@ -183,6 +186,9 @@ from ..loop.samplewise import reduce_loss
 from ..loop.tracking import TrackerCallback
 from ..losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CombinedLoss, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat, HuberLossFlat, L1LossFlat,
     LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat, SmoothL1LossFlat)
+from ..metrics.functions import point_distance
+from ..metrics.tasks import metrics_of_task
+from ..metrics.thresholds import best_thresholds
 from ..metrics import (AccumMetric, ActivationType, APScoreBinary, APScoreMulti, AvgLoss, AvgMetric, AvgSmoothLoss, BalancedAccuracy, BrierScore, BrierScoreMulti,
     CohenKappa, CorpusBLEUMetric, Dice, DiceMulti, ExplainedVariance, F1Score, F1ScoreMulti, FBeta, FBetaMulti, HammingLoss, HammingLossMulti,
     Jaccard, JaccardCoeff, JaccardCoeffMulti, JaccardMulti, LossMetric, LossMetrics, MatthewsCorrCoef, MatthewsCorrCoefMulti, Metric, PearsonCorrCoef,
@@ -212,8 +218,8 @@ from ..optim.grouped import Optimizer, OptimWrapper
 from ..optim.hypers import pytorch_hp_map
 from ..optim.optimizer import Adam, Adan, Lamb, Larc, Lion, Lookahead, QHAdam, RAdam, RMSProp, SGD, ranger
 from ..optim.schedules import (SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, annealer, combine_scheds, combined_cos, sched_cos, sched_exp, sched_lin, sched_no)
-from .architectures import list_backbones
-from .augment import Brightness, Contrast, Hue, LightingTfm, RandomErasing, RandomResizedCropGPU, Saturation, aug_transforms
+from .architectures import find_architecture, list_backbones, stats_of
+from .augment import Brightness, Contrast, Hue, LightingTfm, RandomErasing, RandomResizedCropGPU, Saturation, aug_transforms, setup_aug_tfms
 from .batch import IntToFloatTensor, Normalize, cifar_stats, imagenet_stats, mnist_stats
 from .bodies import TimmBody
 from .box_files import read_boxes, read_coco, read_voc
@@ -229,7 +235,8 @@ from .downloads import download_images
 from .files import Failed, resize_image, resize_images, verify_image, verify_images
 from .geometry import AffineCoordTfm, DeterministicDihedral, DeterministicDraw, DeterministicFlip, Dihedral, Flip, Rotate, Warp, Zoom
 from .learner import cnn_learner, vision_learner
-from .masks import read_codes
+from .encoders import create_encoder
+from .masks import MaskFiles, MaskOfColors, read_codes
 from .xresnet import (init_cnn, XResNet, xresnet101, xresnet152, xresnet18, xresnet18_deep, xresnet18_deeper, xresnet34,
     xresnet34_deep, xresnet34_deeper, xresnet50, xresnet50_deep, xresnet50_deeper, xresnext101, xresnext18, xresnext34, xresnext50, xse_resnet101,
     xse_resnet152, xse_resnet18, xse_resnet34, xse_resnet50, xse_resnext101, xse_resnext18, xse_resnext18_deep, xse_resnext18_deeper, xse_resnext34,
@@ -258,11 +265,11 @@ mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large = map(_torchvision, ('mobil
 convnext_tiny, efficientnet_b0 = map(_torchvision, ('convnext_tiny', 'efficientnet_b0'))
 
 # %% ../../../nbs/60_vision/37_all.ipynb #21513213
-_all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial', 'Path', 'np', 'torch', 'F', 'first',
-    'ifnone', 'noop', 'range_of', 'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim', 'apply', 'concat', 'find_device', 'item_find',
-    'logit', 'one_hot', 'one_hot_decode', 'to_half', 'to_np', 'unsqueeze', 'default_device', 'num_cpus', 'DownloadError', 'URLs', 'download',
-    'untar_data', 'get_grid', 'show_image', 'show_image_batch', 'show_images', 'show_titled_image', 'subplots', 'find_bs', 'tensor', 'to_concat',
-    'to_cpu', 'to_detach', 'to_device', 'register_layer', 'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib',
+_all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warnings', 'Counter', 'defaultdict', 'partial', 'Path', 'np', 'array', 'torch', 'F',
+    'fastuple', 'first', 'ifnone', 'noop', 'noops', 'range_of', 'store_attr', 'L', 'delegates', 'Image', 'Tensor', 'nn', 'optim', 'apply', 'concat',
+    'find_device', 'item_find', 'logit', 'one_hot', 'one_hot_decode', 'to_half', 'to_np', 'unsqueeze', 'default_device', 'num_cpus', 'DownloadError',
+    'URLs', 'download', 'untar_data', 'get_grid', 'show_image', 'show_image_batch', 'show_images', 'show_titled_image', 'subplots', 'find_bs', 'tensor',
+    'to_concat', 'to_cpu', 'to_detach', 'to_device', 'register_layer', 'distrib_barrier', 'is_main_process', 'num_distrib', 'rank0_first', 'rank_distrib',
     'setup_distrib', 'teardown_distrib', 'LazyModule', 'register', 'get_random_states', 'no_random', 'set_random_states', 'set_seed',
     'GradientAccumulation', 'AutoBatch', 'EMACallback', 'BnFreeze', 'bn_types', 'set_bn_eval', 'SaveModelCallback', 'Checkpoint', 'CollectDataCallback',
     'DistributedTrainer', 'ParallelTrainer', 'FineTuning', 'GatherPredsCallback', 'GradientCheckpointing', 'GradientClip', 'ActivationStats',
@@ -275,41 +282,42 @@ _all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warning
     'TfmdDL', 'DataLoaders', 'PartialDL', 'WeightedDL', 'EncodedMultiCategorize', 'MultiCategorize', 'MultiCategoryBlock', 'OneHotEncode', 'DataError',
     'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter',
     'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists',
-    'ThirdParty', 'train_only', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat',
-    'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'show_title', 'ExportError', 'Predictor', 'load_learner',
-    'ClassificationInterpretation', 'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation', 'SegmentationInterpretation', 'Embeddings',
-    'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam', 'Prediction', 'Learner', 'register_strategy', 'load_model', 'save_model', 'Callback',
-    'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException',
+    'show_at', 'ThirdParty', 'train_only', 'DisplayedTransform', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase',
+    'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'show_title', 'ExportError', 'Predictor',
+    'load_learner', 'ClassificationInterpretation', 'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation', 'SegmentationInterpretation',
+    'Embeddings', 'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam', 'Prediction', 'Learner', 'register_strategy', 'load_model', 'save_model',
+    'Callback', 'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException',
     'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder', 'reduce_loss', 'TrackerCallback',
     'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss', 'FocalLossFlat', 'HuberLossFlat',
-    'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat', 'AccumMetric', 'ActivationType',
-    'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'BalancedAccuracy', 'BrierScore', 'BrierScoreMulti', 'CohenKappa',
-    'CorpusBLEUMetric', 'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta', 'FBetaMulti', 'HammingLoss', 'HammingLossMulti',
-    'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric', 'LossMetrics', 'MatthewsCorrCoef', 'MatthewsCorrCoefMulti', 'Metric',
-    'PearsonCorrCoef', 'Perplexity', 'Precision', 'PrecisionMulti', 'R2Score', 'Recall', 'RecallMulti', 'RocAuc', 'RocAucBinary', 'RocAucMulti',
-    'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy', 'accuracy_multi', 'error_rate', 'exp_rmspe', 'foreground_acc', 'mae',
-    'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric', 'perplexity', 'rmse', 'skm_to_fastai', 'top_k_accuracy', 'mAP', 'mAP50', 'mAP75',
-    'MeanAveragePrecision', 'inplace_relu', 'Mish', 'mish', 'MishJit', 'sigmoid', 'sigmoid_', 'sigmoid_range', 'Swish', 'swish', 'SwishJit',
-    'vleaky_relu', 'PooledSelfAttention2d', 'SelfAttention', 'SimpleSelfAttention', 'ResBlock', 'SEBlock', 'SEModule', 'SeparableBlock', 'SEResNeXtBlock',
-    'add_head', 'create_body', 'create_head', 'cut_model', 'default_split', 'has_pool_type', 'in_channels', 'num_features_model', 'ConvLayer',
-    'PixelShuffle_ICNR', 'SimpleCNN', 'params', 'trainable_params', 'batch_to_samples', 'get_model', 'NoneReduce', 'norm_bias_params', 'requires_grad',
-    'Hook', 'Hooks', 'dummy_eval', 'flatten_model', 'has_params', 'hook_output', 'hook_outputs', 'model_sizes', 'total_params', 'apply_leaf', 'cond_init',
-    'Embedding', 'icnr_init', 'init_default', 'init_linear', 'trunc_normal_', 'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init', 'Cat',
-    'MergeLayer', 'ProdLayer', 'SequentialEx', 'TimeDistributed', 'children_and_parameters', 'Debugger', 'Flatten', 'has_children', 'Identity', 'Lambda',
-    'Module', 'module', 'ParameterModule', 'PartialLambda', 'ResizeBatch', 'sequential', 'View', 'BatchNorm', 'BatchNorm1dFlat', 'InstanceNorm',
-    'NormType', 'spectral_norm', 'weight_norm', 'adaptive_pool', 'AdaptiveAvgPool', 'AdaptiveConcatPool1d', 'AvgPool', 'MaxPool', 'PoolFlatten',
-    'PoolType', 'LayerInfo', 'layer_info', 'module_summary', 'DynamicUnet', 'ResizeToOrig', 'UnetBlock', 'load_weights', 'Optimizer', 'OptimWrapper',
-    'pytorch_hp_map', 'Adam', 'Adan', 'Lamb', 'Larc', 'Lion', 'Lookahead', 'QHAdam', 'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp',
-    'SchedLin', 'SchedNo', 'SchedPoly', 'annealer', 'combine_scheds', 'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_no', 'list_backbones',
-    'Brightness', 'Contrast', 'Hue', 'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'IntToFloatTensor',
-    'Normalize', 'cifar_stats', 'imagenet_stats', 'mnist_stats', 'TimmBody', 'read_boxes', 'read_coco', 'read_voc', 'BBoxLabeler', 'bb_pad',
-    'clip_remove_empty', 'get_annotations', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders', 'MaskBlock', 'PointBlock',
-    'SegmentationDataLoaders', 'to_image', 'DetectionLoss', 'DetectionTargets', 'Detector', 'create_detector', 'detection_splitter',
-    'DetectionDataLoaders', 'detection_learner', 'list_detectors', 'download_images', 'Failed', 'resize_image', 'resize_images', 'verify_image',
-    'verify_images', 'AffineCoordTfm', 'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom',
-    'cnn_learner', 'vision_learner', 'read_codes', 'init_cnn', 'XResNet', 'xresnet101', 'xresnet152', 'xresnet18', 'xresnet18_deep', 'xresnet18_deeper',
-    'xresnet34', 'xresnet34_deep', 'xresnet34_deeper', 'xresnet50', 'xresnet50_deep', 'xresnet50_deeper', 'xresnext101', 'xresnext18', 'xresnext34',
-    'xresnext50', 'xse_resnet101', 'xse_resnet152', 'xse_resnet18', 'xse_resnet34', 'xse_resnet50', 'xse_resnext101', 'xse_resnext18',
+    'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat', 'point_distance', 'metrics_of_task',
+    'best_thresholds', 'AccumMetric', 'ActivationType', 'APScoreBinary', 'APScoreMulti', 'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'BalancedAccuracy',
+    'BrierScore', 'BrierScoreMulti', 'CohenKappa', 'CorpusBLEUMetric', 'Dice', 'DiceMulti', 'ExplainedVariance', 'F1Score', 'F1ScoreMulti', 'FBeta',
+    'FBetaMulti', 'HammingLoss', 'HammingLossMulti', 'Jaccard', 'JaccardCoeff', 'JaccardCoeffMulti', 'JaccardMulti', 'LossMetric', 'LossMetrics',
+    'MatthewsCorrCoef', 'MatthewsCorrCoefMulti', 'Metric', 'PearsonCorrCoef', 'Perplexity', 'Precision', 'PrecisionMulti', 'R2Score', 'Recall',
+    'RecallMulti', 'RocAuc', 'RocAucBinary', 'RocAucMulti', 'SklearnMetric', 'SpearmanCorrCoef', 'TorchMetric', 'ValueMetric', 'accuracy',
+    'accuracy_multi', 'error_rate', 'exp_rmspe', 'foreground_acc', 'mae', 'mk_metric', 'mk_metrics', 'mse', 'msle', 'optim_metric', 'perplexity', 'rmse',
+    'skm_to_fastai', 'top_k_accuracy', 'mAP', 'mAP50', 'mAP75', 'MeanAveragePrecision', 'inplace_relu', 'Mish', 'mish', 'MishJit', 'sigmoid', 'sigmoid_',
+    'sigmoid_range', 'Swish', 'swish', 'SwishJit', 'vleaky_relu', 'PooledSelfAttention2d', 'SelfAttention', 'SimpleSelfAttention', 'ResBlock', 'SEBlock',
+    'SEModule', 'SeparableBlock', 'SEResNeXtBlock', 'add_head', 'create_body', 'create_head', 'cut_model', 'default_split', 'has_pool_type',
+    'in_channels', 'num_features_model', 'ConvLayer', 'PixelShuffle_ICNR', 'SimpleCNN', 'params', 'trainable_params', 'batch_to_samples', 'get_model',
+    'NoneReduce', 'norm_bias_params', 'requires_grad', 'Hook', 'Hooks', 'dummy_eval', 'flatten_model', 'has_params', 'hook_output', 'hook_outputs',
+    'model_sizes', 'total_params', 'apply_leaf', 'cond_init', 'Embedding', 'icnr_init', 'init_default', 'init_linear', 'trunc_normal_',
+    'AdaptiveConcatPool2d', 'LinBnDrop', 'SigmoidRange', 'apply_init', 'Cat', 'MergeLayer', 'ProdLayer', 'SequentialEx', 'TimeDistributed',
+    'children_and_parameters', 'Debugger', 'Flatten', 'has_children', 'Identity', 'Lambda', 'Module', 'module', 'ParameterModule', 'PartialLambda',
+    'ResizeBatch', 'sequential', 'View', 'BatchNorm', 'BatchNorm1dFlat', 'InstanceNorm', 'NormType', 'spectral_norm', 'weight_norm', 'adaptive_pool',
+    'AdaptiveAvgPool', 'AdaptiveConcatPool1d', 'AvgPool', 'MaxPool', 'PoolFlatten', 'PoolType', 'LayerInfo', 'layer_info', 'module_summary',
+    'DynamicUnet', 'ResizeToOrig', 'UnetBlock', 'load_weights', 'Optimizer', 'OptimWrapper', 'pytorch_hp_map', 'Adam', 'Adan', 'Lamb', 'Larc', 'Lion',
+    'Lookahead', 'QHAdam', 'RAdam', 'RMSProp', 'SGD', 'ranger', 'SchedCos', 'SchedExp', 'SchedLin', 'SchedNo', 'SchedPoly', 'annealer', 'combine_scheds',
+    'combined_cos', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_no', 'find_architecture', 'list_backbones', 'stats_of', 'Brightness', 'Contrast', 'Hue',
+    'LightingTfm', 'RandomErasing', 'RandomResizedCropGPU', 'Saturation', 'aug_transforms', 'setup_aug_tfms', 'IntToFloatTensor', 'Normalize',
+    'cifar_stats', 'imagenet_stats', 'mnist_stats', 'TimmBody', 'read_boxes', 'read_coco', 'read_voc', 'BBoxLabeler', 'bb_pad', 'clip_remove_empty',
+    'get_annotations', 'PadMode', 'BBoxBlock', 'BBoxLblBlock', 'ImageBlock', 'ImageDataLoaders', 'MaskBlock', 'PointBlock', 'SegmentationDataLoaders',
+    'to_image', 'DetectionLoss', 'DetectionTargets', 'Detector', 'create_detector', 'detection_splitter', 'DetectionDataLoaders', 'detection_learner',
+    'list_detectors', 'download_images', 'Failed', 'resize_image', 'resize_images', 'verify_image', 'verify_images', 'AffineCoordTfm',
+    'DeterministicDihedral', 'DeterministicDraw', 'DeterministicFlip', 'Dihedral', 'Flip', 'Rotate', 'Warp', 'Zoom', 'cnn_learner', 'vision_learner',
+    'create_encoder', 'MaskFiles', 'MaskOfColors', 'read_codes', 'init_cnn', 'XResNet', 'xresnet101', 'xresnet152', 'xresnet18', 'xresnet18_deep',
+    'xresnet18_deeper', 'xresnet34', 'xresnet34_deep', 'xresnet34_deeper', 'xresnet50', 'xresnet50_deep', 'xresnet50_deeper', 'xresnext101', 'xresnext18',
+    'xresnext34', 'xresnext50', 'xse_resnet101', 'xse_resnet152', 'xse_resnet18', 'xse_resnet34', 'xse_resnet50', 'xse_resnext101', 'xse_resnext18',
     'xse_resnext18_deep', 'xse_resnext18_deeper', 'xse_resnext34', 'xse_resnext34_deep', 'xse_resnext34_deeper', 'xse_resnext50', 'xse_resnext50_deep',
     'xse_resnext50_deeper', 'xsenet154', 'models', 'Architecture', 'create_timm_model', 'create_vision_model', 'model_meta', 'vision_splitter',
     'predict_mask', 'LabeledBBox', 'TensorBBox', 'TensorPoint', 'affine_mat', 'make_shapes', 'AddMaskCodes', 'PointScaler', 'CropPad', 'DihedralItem',

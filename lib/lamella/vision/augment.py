@@ -23,7 +23,7 @@ from .types import TensorImage
 
 # %% auto #0
 __all__ = ['Lighting', 'LightingTfm', 'Brightness', 'Contrast', 'Saturation', 'Hue', 'RandomResizedCropGPU', 'RandomErasing',
-           'aug_transforms']
+           'aug_transforms', 'setup_aug_tfms']
 
 # %% ../../../nbs/60_vision/15_augment.ipynb #ac6bc468
 _GREY = (0.299, 0.587, 0.114) # ITU-R BT.601
@@ -243,3 +243,10 @@ def aug_transforms(
     if min_scale != 1.: tfms.append(RandomResizedCropGPU(size, min_scale=min_scale, ratio=(1, 1), mode=mode, pad_mode=pad_mode, align_corners=align_corners))
     if max_lighting: tfms += [f(max_lighting=max_lighting, p=p_lighting, batch=batch) for f in (Brightness, Contrast)]
     return tfms + as_list(xtra_tfms)
+
+# %% ../../../nbs/60_vision/15_augment.ipynb #baddd118
+def setup_aug_tfms(
+    tfms: list[Any], # batch transforms
+) -> list[Any]:      # the same
+    "fastai's function that composes transforms; here neighbours compose without being asked"
+    return list(tfms)
