@@ -119,7 +119,7 @@ def test_body_of_another_learner(make_dls, tmp_path):
     name = 'model.stem.0.weight'
     assert torch.equal(first.model[0].state_dict()[name], second.model[0].state_dict()[name])
     assert not dict(second.model[0].named_parameters())[name].requires_grad
-    assert 'Normalize(mean 0.5 0.5 0.5' in str(second.summary())
+    assert 'Normalisation: mean 0.5 0.5 0.5' in str(second.summary())
     before = first.model[0].state_dict()[name].clone()
     second.unfreeze()
     with second.no_bar(), second.no_logging(): second.fit(1, 1e-2)

@@ -131,7 +131,7 @@ def test_fine_tuning_beats_training_from_scratch(imagenet, tmp_path):
         learn = vision_learner(dls, 'tf_efficientnet_lite0', metrics=accuracy, **options)
         with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 4e-3)
         results[name] = learn.validate()
-        if name == 'imagenet': assert 'Normalize(mean 0.5 0.5 0.5' in str(learn.summary()) and len(learn.opt.param_lists) == 3
+        if name == 'imagenet': assert 'Normalisation: mean 0.5 0.5 0.5' in str(learn.summary()) and len(learn.opt.param_lists) == 3
     (loss, right), (loss_of_scratch, right_of_scratch) = results['imagenet'], results['scratch']
     assert right >= right_of_scratch + 0.25 and loss < 0.6 * loss_of_scratch, results
 

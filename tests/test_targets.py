@@ -300,7 +300,7 @@ def test_masks_exported(files, tmp_path):
     learn = Learner(dls, nn.Conv2d(3, 3, 3, padding=1), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     learn.show_results()
-    assert [ax.get_title() for ax in plt.gcf().axes[:4]] == ['target', 'prediction'] * 2
+    assert [ax.get_title().split('\n')[0] for ax in plt.gcf().axes[:4]] == ['target', 'prediction'] * 2
     assert all(len(ax.images) == 2 for ax in plt.gcf().axes[:4]) # the picture and one mask
     predictor = load_learner(learn.export('masks.pkl'))
     mask, again = learn.predict(files[0])[0], predictor.predict(files[0])[0]
