@@ -179,3 +179,63 @@ def test_a_layer_that_is_called_while_a_pickle_is_read(tmp_path, exported, monke
     file = changed(exported, tmp_path, **{'objects.pkl': attack, 'objects.safetensors': save({})})
     with pytest.raises(UntrustedError, match='a call of'): load_learner(file)
     assert not called
+
+
+@pytest.mark.parametrize('name', ['hf-hub:somebody/model', 'timm:hf-hub:somebody/model', 'local-dir:/tmp', 'timm:local-dir:/tmp'])
+@pytest.mark.parametrize('builder, args', [('lamella.vision.unet:rebuild_unet_model', {'n_out': 2, 'img_size': 32}),
+                                           ('lamella.vision.detection:rebuild_detector', {'arch': 'fcos', 'n_classes': 2})])
+def test_builders_that_would_look_elsewhere_for_a_network(exported, tmp_path, builder, args, name, monkeypatch):
+    import timm
+    monkeypatch.setattr(timm, 'create_model', lambda *a, **k: pytest.fail('timm was asked for it'))
+    args = {**args, 'backbone' if 'detection' in builder else 'arch': name}
+    with pytest.raises(ExportError, match='has no architecture'): load_learner(changed_spec(exported, tmp_path, lambda s: s.update(model={'builder': builder, 'args': args})))
+
+
+def limited(seconds=10):
+    "A block that fails in place of going on for ever"
+    import signal
+    from contextlib import contextmanager
+    @contextmanager
+    def block():
+        def late(*_): raise SystemError('it takes for ever')
+        before = signal.signal(signal.SIGALRM, late)
+        signal.alarm(seconds)
+        try: yield
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+    return block()
+
+
+NESTED = b'K\x01' + b'2\x86' * 40 # a tuple of twice the same, 40 times: hashing it takes 2**40 steps
+
+
+@pytest.mark.parametrize('attack', [b'}' + NESTED + b'K\x01s', b'}(' + NESTED + b'K\x01u', b'\x8f(' + NESTED + b'\x90', b'(' + NESTED + b'\x91', b'(' + NESTED + b'K\x01d',
+                                    b'cbuiltins\nset\n](' + NESTED + b'e\x85R', b'cbuiltins\nfrozenset\n](' + NESTED + b'e\x85\x81', b'cbuiltins\nset\n' + NESTED + b'\x85R',
+                                    b'ccollections\nOrderedDict\n](' + NESTED + b'K\x01\x86e\x85R', b'cbuiltins\nset\n}' + b'K\x01' + NESTED + b's\x85R'])
+def test_keys_that_take_for_ever_to_hash(attack):
+    from lamella.base.pickling import load_objects
+    with limited(), pytest.raises(pickle.UnpicklingError, match='as a key or in a set|something else than lists'): load_objects(b'\x80\x04(' + attack + b'l.', [])
+
+
+def test_keys_that_are_plain_are_read():
+    from collections import OrderedDict, deque
+    from lamella.base.pickling import load_objects
+    objects = [{'a': 1, (1, 'b'): 2, None: 3}, {1, 2.5}, frozenset({b'x', (1, 2)}), OrderedDict(a=[1], b={2}), deque([1, [2]]), set(), OrderedDict()]
+    assert load_objects(pickle.dumps(objects, protocol=4), []) == objects
+    assert load_objects(pickle.dumps(objects, protocol=3), []) == objects
+
+
+@pytest.mark.parametrize('attack', [b']' + b'2\x86' * 40, b'(' + NESTED + b'K\x01\x86' + NESTED + b'\x86l'])
+def test_lists_that_unfold_for_ever(attack):
+    from lamella.base.pickling import load_objects
+    with limited(), pytest.raises(pickle.UnpicklingError, match='unfold'): load_objects(b'\x80\x04(' + attack + b'l.', [])
+
+
+def test_layers_that_share_layers_for_ever(exported, tmp_path):
+    from safetensors.torch import save
+    model = torch.nn.ReLU()
+    for _ in range(45): model = torch.nn.Sequential(model, model)
+    file = changed(exported, tmp_path, **{'objects.pkl': pickle.dumps([model], protocol=4), 'objects.safetensors': save({})})
+    for change in (lambda s: s['model']['args'].update(custom_head={'$object': 0}), lambda s: s.update(model={'$object': 0})):
+        with limited(), pytest.raises(CLEAR, match='unfold'): load_learner(changed_spec((file, b''), tmp_path, change))
