@@ -239,3 +239,63 @@ def test_layers_that_share_layers_for_ever(exported, tmp_path):
     file = changed(exported, tmp_path, **{'objects.pkl': pickle.dumps([model], protocol=4), 'objects.safetensors': save({})})
     for change in (lambda s: s['model']['args'].update(custom_head={'$object': 0}), lambda s: s.update(model={'$object': 0})):
         with limited(), pytest.raises(CLEAR, match='unfold'): load_learner(changed_spec((file, b''), tmp_path, change))
+
+
+@pytest.mark.parametrize('change', [
+    lambda s: s['model']['args'].update(lin_ftrs=[30000, 30000]),
+    lambda s: s['model']['args'].update(lin_ftrs=[5000] * 1000),
+    lambda s: s.update(model={'builder': 'lamella.vision.xresnet:XResNet', 'args': {'block': {'$ref': 'lamella.nets.blocks:ResBlock'}, 'expansion': 1, 'layers': [10**7]}}),
+    lambda s: s.update(model={'builder': 'lamella.vision.unet:rebuild_unet_model', 'args': {'arch': 'timm:test_resnet', 'n_out': 2, 'img_size': [10**5, 10**5]}}),
+    lambda s: s.update(model={'builder': 'lamella.vision.unet:rebuild_unet_model', 'args': {'arch': 'timm:test_resnet', 'n_out': 2, 'img_size': 32, 'n_in': 10**6}}),
+])
+def test_models_that_are_larger_than_their_weights(exported, tmp_path, change):
+    "Each would take gigabytes, or hours"
+    with limited(60), pytest.raises(ExportError, match='far larger than the weights|pixels a side'): load_learner(changed_spec(exported, tmp_path, change))
+
+
+@pytest.mark.parametrize('where', ['model', 'output', 'inputs'])
+def test_references_that_would_open_files(exported, tmp_path, where, monkeypatch):
+    from lamella.vision.types import PILBase
+    monkeypatch.setattr(PILBase, '_create_lazily', classmethod(lambda *a: pytest.fail('a file was opened')))
+    picture = str(exported[0].parent/'photos'/'cat'/'1.jpg')
+    args = {'loss_cls': {'$ref': 'lamella.vision.types:PILImage', 'method': 'create'}, 'fn': picture}
+    loss = {'$new': 'lamella.losses.flat:BaseLoss', 'args': args}
+    def change(s):
+        if where == 'model': s['model'] = {'builder': 'lamella.losses.flat:BaseLoss', 'args': args}
+        elif where == 'output': s['output'] = loss
+        else: s['pipeline']['inputs'] = [loss]
+    with pytest.raises(ExportError, match='has no place|may not say'): load_learner(changed_spec(exported, tmp_path, change))
+
+
+def test_losses_that_a_file_may_not_name_are_made_elsewhere():
+    from lamella.base.spec import call_named
+    from lamella.vision.all import BaseLoss
+    assert isinstance(BaseLoss(torch.nn.PoissonNLLLoss).func, torch.nn.PoissonNLLLoss)
+    with pytest.raises(ValueError, match='may not say'): call_named(BaseLoss, {'loss_cls': torch.nn.PoissonNLLLoss})
+
+
+def test_masks_of_too_many_colours_are_refused_before_they_are_compared():
+    from lamella.vision.masks import MaskOfColors
+    class Colors(dict):
+        def items(self): pytest.fail('the colours were looked at')
+    with pytest.raises(ValueError, match='300 classes'): MaskOfColors(Colors({i: (0, 0, i) for i in range(300)}))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_thresholds_between_neighbouring_numbers(dtype):
+    from lamella.metrics import best_thresholds
+    for start in (0.25, 0.5, 0.7, 0.9):
+        for k in range(2): # one of two pairs of neighbours has its middle rounded up
+            low = torch.tensor(start, dtype=dtype)
+            for _ in range(k): low = torch.nextafter(low, torch.tensor(1., dtype=dtype)) if dtype.itemsize > 2 else (low.view(torch.int16) + 1).view(dtype)
+            high = torch.nextafter(low, torch.tensor(1., dtype=dtype)) if dtype.itemsize > 2 else (low.view(torch.int16) + 1).view(dtype)
+            limit = best_thresholds(torch.stack([high, low])[:, None], torch.tensor([[1], [0]]))
+            assert high > limit[0] and not low > limit[0]
+
+
+def test_thresholds_are_probabilities_and_made_of_them():
+    from lamella.metrics import best_thresholds
+    limits = best_thresholds(torch.zeros(3, 1), torch.ones(3, 1))
+    assert 0 <= limits[0] <= 1
+    for wrong in (float('nan'), 1.5, -0.1):
+        with pytest.raises(ValueError, match='from 0 to 1'): best_thresholds(torch.tensor([[wrong], [0.5]]), torch.tensor([[1], [0]]))
