@@ -179,3 +179,123 @@ def test_a_layer_that_is_called_while_a_pickle_is_read(tmp_path, exported, monke
     file = changed(exported, tmp_path, **{'objects.pkl': attack, 'objects.safetensors': save({})})
     with pytest.raises(UntrustedError, match='a call of'): load_learner(file)
     assert not called
+
+
+@pytest.mark.parametrize('name', ['hf-hub:somebody/model', 'timm:hf-hub:somebody/model', 'local-dir:/tmp', 'timm:local-dir:/tmp'])
+@pytest.mark.parametrize('builder, args', [('lamella.vision.unet:rebuild_unet_model', {'n_out': 2, 'img_size': 32}),
+                                           ('lamella.vision.detection:rebuild_detector', {'arch': 'fcos', 'n_classes': 2})])
+def test_builders_that_would_look_elsewhere_for_a_network(exported, tmp_path, builder, args, name, monkeypatch):
+    import timm
+    monkeypatch.setattr(timm, 'create_model', lambda *a, **k: pytest.fail('timm was asked for it'))
+    args = {**args, 'backbone' if 'detection' in builder else 'arch': name}
+    with pytest.raises(ExportError, match='has no architecture'): load_learner(changed_spec(exported, tmp_path, lambda s: s.update(model={'builder': builder, 'args': args})))
+
+
+def limited(seconds=10):
+    "A block that fails in place of going on for ever"
+    import signal
+    from contextlib import contextmanager
+    @contextmanager
+    def block():
+        def late(*_): raise SystemError('it takes for ever')
+        before = signal.signal(signal.SIGALRM, late)
+        signal.alarm(seconds)
+        try: yield
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+    return block()
+
+
+NESTED = b'K\x01' + b'2\x86' * 40 # a tuple of twice the same, 40 times: hashing it takes 2**40 steps
+
+
+@pytest.mark.parametrize('attack', [b'}' + NESTED + b'K\x01s', b'}(' + NESTED + b'K\x01u', b'\x8f(' + NESTED + b'\x90', b'(' + NESTED + b'\x91', b'(' + NESTED + b'K\x01d',
+                                    b'cbuiltins\nset\n](' + NESTED + b'e\x85R', b'cbuiltins\nfrozenset\n](' + NESTED + b'e\x85\x81', b'cbuiltins\nset\n' + NESTED + b'\x85R',
+                                    b'ccollections\nOrderedDict\n](' + NESTED + b'K\x01\x86e\x85R', b'cbuiltins\nset\n}' + b'K\x01' + NESTED + b's\x85R'])
+def test_keys_that_take_for_ever_to_hash(attack):
+    from lamella.base.pickling import load_objects
+    with limited(), pytest.raises(pickle.UnpicklingError, match='as a key or in a set|something else than lists'): load_objects(b'\x80\x04(' + attack + b'l.', [])
+
+
+def test_keys_that_are_plain_are_read():
+    from collections import OrderedDict, deque
+    from lamella.base.pickling import load_objects
+    objects = [{'a': 1, (1, 'b'): 2, None: 3}, {1, 2.5}, frozenset({b'x', (1, 2)}), OrderedDict(a=[1], b={2}), deque([1, [2]]), set(), OrderedDict()]
+    assert load_objects(pickle.dumps(objects, protocol=4), []) == objects
+    assert load_objects(pickle.dumps(objects, protocol=3), []) == objects
+
+
+@pytest.mark.parametrize('attack', [b']' + b'2\x86' * 40, b'(' + NESTED + b'K\x01\x86' + NESTED + b'\x86l'])
+def test_lists_that_unfold_for_ever(attack):
+    from lamella.base.pickling import load_objects
+    with limited(), pytest.raises(pickle.UnpicklingError, match='unfold'): load_objects(b'\x80\x04(' + attack + b'l.', [])
+
+
+def test_layers_that_share_layers_for_ever(exported, tmp_path):
+    from safetensors.torch import save
+    model = torch.nn.ReLU()
+    for _ in range(45): model = torch.nn.Sequential(model, model)
+    file = changed(exported, tmp_path, **{'objects.pkl': pickle.dumps([model], protocol=4), 'objects.safetensors': save({})})
+    for change in (lambda s: s['model']['args'].update(custom_head={'$object': 0}), lambda s: s.update(model={'$object': 0})):
+        with limited(), pytest.raises(CLEAR, match='unfold'): load_learner(changed_spec((file, b''), tmp_path, change))
+
+
+@pytest.mark.parametrize('change', [
+    lambda s: s['model']['args'].update(lin_ftrs=[30000, 30000]),
+    lambda s: s['model']['args'].update(lin_ftrs=[5000] * 1000),
+    lambda s: s.update(model={'builder': 'lamella.vision.xresnet:XResNet', 'args': {'block': {'$ref': 'lamella.nets.blocks:ResBlock'}, 'expansion': 1, 'layers': [10**7]}}),
+    lambda s: s.update(model={'builder': 'lamella.vision.unet:rebuild_unet_model', 'args': {'arch': 'timm:test_resnet', 'n_out': 2, 'img_size': [10**5, 10**5]}}),
+    lambda s: s.update(model={'builder': 'lamella.vision.unet:rebuild_unet_model', 'args': {'arch': 'timm:test_resnet', 'n_out': 2, 'img_size': 32, 'n_in': 10**6}}),
+])
+def test_models_that_are_larger_than_their_weights(exported, tmp_path, change):
+    "Each would take gigabytes, or hours"
+    with limited(60), pytest.raises(ExportError, match='far larger than the weights|pixels a side'): load_learner(changed_spec(exported, tmp_path, change))
+
+
+@pytest.mark.parametrize('where', ['model', 'output', 'inputs'])
+def test_references_that_would_open_files(exported, tmp_path, where, monkeypatch):
+    from lamella.vision.types import PILBase
+    monkeypatch.setattr(PILBase, '_create_lazily', classmethod(lambda *a: pytest.fail('a file was opened')))
+    picture = str(exported[0].parent/'photos'/'cat'/'1.jpg')
+    args = {'loss_cls': {'$ref': 'lamella.vision.types:PILImage', 'method': 'create'}, 'fn': picture}
+    loss = {'$new': 'lamella.losses.flat:BaseLoss', 'args': args}
+    def change(s):
+        if where == 'model': s['model'] = {'builder': 'lamella.losses.flat:BaseLoss', 'args': args}
+        elif where == 'output': s['output'] = loss
+        else: s['pipeline']['inputs'] = [loss]
+    with pytest.raises(ExportError, match='has no place|may not say'): load_learner(changed_spec(exported, tmp_path, change))
+
+
+def test_losses_that_a_file_may_not_name_are_made_elsewhere():
+    from lamella.base.spec import call_named
+    from lamella.vision.all import BaseLoss
+    assert isinstance(BaseLoss(torch.nn.PoissonNLLLoss).func, torch.nn.PoissonNLLLoss)
+    with pytest.raises(ValueError, match='may not say'): call_named(BaseLoss, {'loss_cls': torch.nn.PoissonNLLLoss})
+
+
+def test_masks_of_too_many_colours_are_refused_before_they_are_compared():
+    from lamella.vision.masks import MaskOfColors
+    class Colors(dict):
+        def items(self): pytest.fail('the colours were looked at')
+    with pytest.raises(ValueError, match='300 classes'): MaskOfColors(Colors({i: (0, 0, i) for i in range(300)}))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_thresholds_between_neighbouring_numbers(dtype):
+    from lamella.metrics import best_thresholds
+    for start in (0.25, 0.5, 0.7, 0.9):
+        for k in range(2): # one of two pairs of neighbours has its middle rounded up
+            low = torch.tensor(start, dtype=dtype)
+            for _ in range(k): low = torch.nextafter(low, torch.tensor(1., dtype=dtype)) if dtype.itemsize > 2 else (low.view(torch.int16) + 1).view(dtype)
+            high = torch.nextafter(low, torch.tensor(1., dtype=dtype)) if dtype.itemsize > 2 else (low.view(torch.int16) + 1).view(dtype)
+            limit = best_thresholds(torch.stack([high, low])[:, None], torch.tensor([[1], [0]]))
+            assert high > limit[0] and not low > limit[0]
+
+
+def test_thresholds_are_probabilities_and_made_of_them():
+    from lamella.metrics import best_thresholds
+    limits = best_thresholds(torch.zeros(3, 1), torch.ones(3, 1))
+    assert 0 <= limits[0] <= 1
+    for wrong in (float('nan'), 1.5, -0.1):
+        with pytest.raises(ValueError, match='from 0 to 1'): best_thresholds(torch.tensor([[wrong], [0.5]]), torch.tensor([[1], [0]]))

@@ -5,9 +5,11 @@
 # %% ../../../nbs/00_base/10_pickling.ipynb #4201a0cc
 from __future__ import annotations
 import collections
+import functools
 import importlib
 import io
 import pickle
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class _Tensors:
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         index, is_parameter, requires_grad = pid
-        if not (isinstance(index, int) and 0 <= index < len(self.tensors)): raise pickle.UnpicklingError(f'the file names a tensor {index!r} that is not in it')
+        if not (isinstance(index, int) and 0 <= index < len(self.tensors)): raise pickle.UnpicklingError(f'the file names a tensor {_short(index)} that is not in it')
         tensor = self.tensors[index].clone()
         return nn.Parameter(tensor, requires_grad=bool(requires_grad)) if is_parameter else tensor
 
@@ -74,10 +76,12 @@ class _CarefulUnpickler(_Tensors, pickle._Unpickler): # the one written in Pytho
 
     def _reduce(self) -> None:
         if not any(self.stack[-2] is o for o in _CALLABLE): _refuse(f'a call of {_name(self.stack[-2])}')
+        _check_members(self.stack[-2], self.stack[-1])
         pickle._Unpickler.load_reduce(self)
 
     def _newobj(self) -> None:
         if not _is_layer(self.stack[-2]) and not any(self.stack[-2] is o for o in _CALLABLE): _refuse(f'a new {_name(self.stack[-2])}')
+        _check_members(self.stack[-2], self.stack[-1])
         pickle._Unpickler.load_newobj(self)
 
     def _build(self) -> None:
@@ -85,14 +89,58 @@ class _CarefulUnpickler(_Tensors, pickle._Unpickler): # the one written in Pytho
         if not _is_layer(type(target)) or type(state) is not dict or not all(type(k) is str for k in state): _refuse(f'changed attributes of {type(target).__name__}')
         target.__dict__.update(state)
 
+    def _setitem(self) -> None:
+        _check_keys([self.stack[-2]])
+        pickle._Unpickler.load_setitem(self)
+
+    def _of_many(self, step: int) -> None:
+        "Keys and values, or members, that lie on the stack since the last mark"
+        _check_keys(self.stack if step in (pickle.ADDITEMS[0], pickle.FROZENSET[0]) else self.stack[::2])
+        pickle._Unpickler.dispatch[step](self)
+
     def _never(self) -> None: _refuse('a step that layers do not need')
 
-    dispatch.update({pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build})
+    dispatch.update({pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _setitem})
+    for _step in b''.join([pickle.SETITEMS, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET]): dispatch[_step] = functools.partial(_of_many, step=_step)
     dispatch.update(dict.fromkeys(b''.join([pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST, pickle.EXT1, pickle.EXT2, pickle.EXT4]), _never))
 
 def _name(obj: Any) -> str:
     "What to call something that may not even be complete enough to show itself"
     return obj.__name__ if isinstance(obj, type) else f'an object of class {type(obj).__name__}'
+
+_PLAIN = (str, int, float, bool, type(None), bytes)
+
+def _short(obj: Any) -> str: return repr(obj) if type(obj) in _PLAIN else f'an object of class {type(obj).__name__}'
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    "Tuples in tuples in tuples can take for ever to be hashed: a key, or member of a set, is plain or a tuple of plain ones"
+    for key in keys:
+        if not all(type(o) in _PLAIN for o in (key if type(key) is tuple else [key])): raise pickle.UnpicklingError(f'the file has {_short(key)} as a key or in a set, where names, numbers and tuples of them belong')
+
+def _check_members(kind: Any, args: Any) -> None:
+    "The same for what a set or a dictionary is made of"
+    if not any(kind is o for o in (set, frozenset, collections.OrderedDict)) or not args: return
+    if not all(type(o) in (list, tuple) for o in [args, *args]): raise pickle.UnpicklingError(f'the file makes a {kind.__name__} of something else than lists')
+    for members in args: _check_keys([o[0] if type(o) in (list, tuple) and o else o for o in members] if kind is collections.OrderedDict else members)
+
+_CONTAINERS, _MOST = (list, tuple, set, frozenset, collections.deque), 1_000_000
+
+def _parts(obj: Any, modules: bool) -> list[tuple[Any, bool]]:
+    "What is in a container or a layer; layers that are not below a layer, but among its attributes, are not entered"
+    if isinstance(obj, nn.Module):
+        if not modules: return []
+        state = vars(obj)
+        return [*((o, True) for o in (state.get('_modules') or {}).values()), *((o, False) for k, o in state.items() if k != '_modules')]
+    if isinstance(obj, dict): return [(o, modules) for o in obj.values()]
+    return [(o, modules) for o in obj] if isinstance(obj, _CONTAINERS) else []
+
+def _check_extent(objects: Any) -> None:
+    "Layers or lists that are in several places of others, which are again: a short file, and no end to walking through it"
+    waiting, seen = [(objects, True)], 0
+    while waiting and seen <= _MOST:
+        seen += 1
+        waiting += _parts(*waiting.pop())
+    if waiting: raise pickle.UnpicklingError(f'the objects in the file hold each other so often that they unfold into more than {_MOST} parts')
 
 def _is_layer(kind: Any) -> bool:
     "A class of layers of `torch.nn`, or one that was registered as such"
@@ -130,7 +178,9 @@ def load_objects(
     "Read objects back; `UntrustedError` if they need a class that is not on the list"
     reader = (_TrustingUnpickler if trust else _CarefulUnpickler)(io.BytesIO(data))
     reader.tensors = tensors
-    try: objects = reader.load()
+    try:
+        objects = reader.load()
+        if not trust: _check_extent(objects)
     except pickle.UnpicklingError: raise
     except Exception as error: raise pickle.UnpicklingError(f'the objects in the file cannot be read: {type(error).__name__}: {error}') from error
     if isinstance(objects, list): return objects

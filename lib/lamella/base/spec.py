@@ -14,7 +14,7 @@ import torch
 from .registry import is_registered, name_of, registered
 
 # %% auto #0
-__all__ = ['describe', 'rebuild']
+__all__ = ['describe', 'rebuild', 'call_named']
 
 # %% ../../../nbs/00_base/08_spec.ipynb #e1d2019d
 def describe(
@@ -58,6 +58,15 @@ def rebuild(
     if kind not in _REBUILDERS: raise ValueError(f'the description has an unknown entry {kind!r}')
     return _REBUILDERS[kind](spec, again, objects)
 
+def call_named(
+    made: Any,            # a registered class or function, which may have `never_from_files`: names of arguments that would be called
+    args: dict[str, Any], # what a file says of it
+) -> Any:                 # the object
+    "Call what a file names; `ValueError` for arguments that no file needs"
+    forbidden = sorted(args.keys() & set(getattr(made, 'never_from_files', ())))
+    if forbidden: raise ValueError(f'a file may not say {forbidden} of {made.__name__}')
+    return made(**args)
+
 def _rebuild_ref(spec: dict, again: Any, objects: list[Any]) -> Any:
     found = registered(spec['$ref'])
     if 'method' not in spec: return found
@@ -66,7 +75,7 @@ def _rebuild_ref(spec: dict, again: Any, objects: list[Any]) -> Any:
 
 def _rebuild_new(spec: dict, again: Any, objects: list[Any]) -> Any:
     made, args = registered(spec['$new']), again(spec.get('args', {}))
-    try: return made(**args)
+    try: return call_named(made, args)
     except Exception as error: raise ValueError(f"{spec['$new']} cannot be made with the arguments {args}: {error}") from error
 
 def _rebuild_object(spec: dict, again: Any, objects: list[Any]) -> Any:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 import json
 import os
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,13 @@ from typing import Any
 import torch
 from fastcore.foundation import L
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..base.bundle import EXPORT_MEMBERS, FORMAT_VERSION, BundleError, read_bundle
 from ..base.devices import resolve_device
 from ..base.pickling import UntrustedError, load_objects
 from ..base.registry import registered
-from ..base.spec import rebuild
+from ..base.spec import call_named, rebuild
 from ..data.inference import InferencePipeline
 from ..learner.inference import Inference, Prediction
 
@@ -79,9 +82,11 @@ def _read_spec(path: Path, members: dict[str, bytes]) -> dict[str, Any]:
 
 def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Predictor:
     "A predictor from what the file says"
-    objects = _objects(members, trust)
-    model = _build_model(spec['model'], objects)
-    _load_weights(model, members['weights.safetensors'])
+    objects, data = _objects(members, trust), members['weights.safetensors']
+    if not trust: _refuse_openers([spec['model'], spec['output']])
+    with nullcontext() if trust else _Budget(2 * len(data) + _FREE): model = _build_model(spec['model'], objects)
+    if not trust: _check_paths(model)
+    _load_weights(model, data)
     if spec.get('channels_last') is True: model.to(memory_format=torch.channels_last)
     p = spec['pipeline']
     parts = {name: rebuild(p[name], objects) for name in ('inputs', 'targets', 'item_tfms', 'batch_tfms', 'item_kind')}
@@ -90,6 +95,30 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
     predictor.spec = spec
     return predictor
 
+_FREE, _PATHS = 2 ** 28, 100_000 # numbers that a network may have in layers that are cut off again; layers, each as often as it is used
+_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace, torch.Tensor.clone, torch.Tensor.repeat}
+
+class _Budget(TorchFunctionMode):
+    "While a model is built: it cannot have many more numbers than the file has weights for, whatever the file says"
+    def __init__(self, numbers: int):
+        super().__init__()
+        self.left = numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _MAKERS and isinstance(made, torch.Tensor) and not made.is_meta: self.left -= made.numel()
+        if self.left < 0: raise ValueError('the file describes a model that is far larger than the weights in it')
+        return made
+
+def _refuse_openers(spec: Any) -> None:
+    "`create` of images opens files: it belongs to the steps from an item to its tensors, not into a model or a loss"
+    if isinstance(spec, dict) and '$ref' in spec and 'method' in spec: raise ValueError(f"the file names {spec['$ref']}.{spec['method']} where it has no place")
+    for part in spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else (): _refuse_openers(part)
+
+def _check_paths(model: nn.Module) -> None:
+    "Layers that hold the same layers, which do so again, take for ever to be walked through"
+    if any(True for _ in islice(model.named_modules(remove_duplicate=False), _PATHS, None)): raise ValueError(f'the layers of the model hold each other so often that they unfold into more than {_PATHS}')
+
 def _objects(members: dict[str, bytes], trust: bool) -> list[Any]:
     if 'objects.pkl' not in members: return []
     from safetensors.torch import load
@@ -97,7 +126,7 @@ def _objects(members: dict[str, bytes], trust: bool) -> list[Any]:
     return load_objects(members['objects.pkl'], [tensors[str(k)] for k in range(len(tensors))], trust)
 
 def _build_model(described: Any, objects: list[Any]) -> nn.Module:
-    if isinstance(described, dict) and 'builder' in described: model = registered(described['builder'])(**rebuild(described['args'], objects))
+    if isinstance(described, dict) and 'builder' in described: model = call_named(registered(described['builder']), rebuild(described['args'], objects))
     else: model = rebuild(described, objects)
     if not isinstance(model, nn.Module): raise ValueError(f'what should be the model is a {type(model).__name__}')
     return model

@@ -23,6 +23,8 @@ __all__ = ['BaseLoss', 'CrossEntropyLossFlat', 'BCEWithLogitsLossFlat', 'MSELoss
 @register
 class BaseLoss(nn.Module):
     "A loss over flattened predictions and targets, with `activation` and `decodes`: around any class of losses, or the base of your own"
+    never_from_files = ('loss_cls',) # which is called at once
+
     def __init__(self,
         loss_cls: Callable[..., Any] | None = None, # makes the loss, such as `nn.PoissonNLLLoss`; not given by a subclass with a `forward` of its own
         *args: Any,               # for `loss_cls`

@@ -21,12 +21,15 @@ def best_thresholds(
 ) -> torch.Tensor:         # (labels,) from 0 to 1
     "For each label, the threshold over which predictions have the largest F-beta"
     if probs.shape != targs.shape or probs.dim() != 2: raise ValueError(f'there is to be a zero or one for each probability (n, labels), not {describe_value(targs)} for {describe_value(probs)}')
+    if not ((probs >= 0) & (probs <= 1)).all(): raise ValueError(f'probabilities are numbers from 0 to 1, not {describe_value(probs)}')
     found, order = probs.double().cpu().sort(0, descending=True)
     right = targs.cpu().double().gather(0, order).cumsum(0)
     said, there = torch.arange(1, len(found) + 1, dtype=torch.float64)[:, None], right[-1:]
     scores = (1 + beta ** 2) * right / (beta ** 2 * there + said)
-    after = torch.cat([found[1:], torch.full((1, found.shape[1]), -1e-6, dtype=torch.float64)]) # also 0 can be over a threshold
+    after = torch.cat([found[1:], torch.zeros(1, found.shape[1], dtype=torch.float64)])
     scores[found == after] = -1 # equal probabilities cannot be told apart
     best = scores.argmax(0, keepdim=True)
     middle = (found.gather(0, best) + after.gather(0, best)) / 2
-    return torch.where(there > 0, middle, default)[0].to(probs.dtype if probs.is_floating_point() else torch.float32)
+    made = middle.to(probs.dtype if probs.is_floating_point() else torch.float32)
+    rounded_up = made.double() >= found.gather(0, best) # there may be no number of this precision between the two
+    return torch.where(there > 0, torch.where(rounded_up, after.gather(0, best).to(made.dtype), made), default)[0].to(made.dtype)

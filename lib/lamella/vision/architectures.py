@@ -15,7 +15,7 @@ from torch import nn
 from ..base.registry import did_you_mean
 
 # %% auto #0
-__all__ = ['Stats', 'Architecture', 'not_loaded', 'list_backbones', 'find_architecture', 'stats_of']
+__all__ = ['Stats', 'Architecture', 'not_loaded', 'list_backbones', 'find_architecture', 'refuse_hubs', 'stats_of']
 
 # %% ../../../nbs/60_vision/18_architectures.ipynb #fb7afd58
 @dataclass(frozen=True)
@@ -120,6 +120,13 @@ def _is_function_of(library: str, name: str, arch: Any) -> bool:
     return name in _names(library) and getattr(torchvision.models, name, None) is arch
 
 _HUBS = ('hf-hub:', 'local-dir:') # where timm finds networks that it does not list
+
+def refuse_hubs(
+    arch: Any, # what a file names as architecture
+) -> Any:      # the same; `ValueError` if timm would read files, or ask the network, for it
+    "An exported file may only name networks that timm and torchvision have themselves"
+    if isinstance(arch, str) and any(o in arch for o in _HUBS): raise ValueError(f"timm has no architecture '{arch}' of its own, and a file may not name others")
+    return arch
 
 def _parsed(name: str) -> Architecture:
     for library in ('timm', 'torchvision'):

@@ -15,6 +15,7 @@ from ..base.registry import register
 from ..base.seeds import no_random
 from ..loop.callback import Callback
 from ..loop.named import OwnLoss
+from .architectures import refuse_hubs
 from .detectors import build_detector, find_detector
 
 # %% auto #0
@@ -184,6 +185,7 @@ def rebuild_detector(
     unknown = args.keys() - {'backbone', 'n_in', 'normalize', 'frozen_norms', 'width', 'levels', 'head_convs', 'options', 'score_thresh', 'nms_thresh', 'detections_per_img'}
     if unknown: raise TypeError(f'a detector has no argument {sorted(unknown)}')
     if not isinstance(arch, str) or not isinstance(args.get('backbone', ''), (str, type(None))): raise TypeError(f"a detector and its backbone are names, not {arch!r} and {args.get('backbone')!r}")
+    refuse_hubs(args.get('backbone'))
     return create_detector(arch, n_classes, **args)
 
 def detection_splitter(

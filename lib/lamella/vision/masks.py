@@ -43,9 +43,10 @@ class MaskOfColors(Transform):
     def __init__(self,
         colors: Mapping[Any, Sequence[int]], # (red, green, blue) of each class, in the order of their numbers
     ):
+        if len(colors) > 255: raise ValueError(f'there are {len(colors)} classes, and a mask can have 255')
         self.colors = {name: tuple(int(o) for o in color) for name, color in colors.items()}
         twice = [name for k, (name, color) in enumerate(self.colors.items()) if color in list(self.colors.values())[:k]]
-        if twice or len(self.colors) > 255: raise ValueError(f'up to 255 classes have a colour each, and {twice[0]!r} has that of another class' if twice else f'there are {len(self.colors)} classes, and a mask can have 255')
+        if twice: raise ValueError(f'up to 255 classes have a colour each, and {twice[0]!r} has that of another class')
 
     def encodes(self, o: object) -> PILMask:
         image = PILImage.create(o)

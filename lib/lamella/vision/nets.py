@@ -15,7 +15,7 @@ from torch import nn
 from ..base.registry import is_registered, register
 from ..nets.body import add_head, adapt_channels, create_body, num_features_model
 from ..nets.weights import load_weights, read_state_dict
-from .architectures import Architecture, find_architecture, list_backbones, not_loaded, stats_of
+from .architectures import Architecture, find_architecture, list_backbones, not_loaded, refuse_hubs, stats_of
 from .bodies import FeatureVector, TimmBody, module_body, pair_body, returns_map, timm_body, torchvision_body
 from .groups import vision_splitter
 
@@ -205,7 +205,7 @@ def rebuild_vision_model(
     unknown, forbidden = head_args.keys() - set(_HEAD), options.keys() & set(_NEVER)
     if unknown: raise TypeError(f'a head has no argument {sorted(unknown)}')
     if forbidden: raise TypeError(f'a file may not say {sorted(forbidden)} of its network')
-    if isinstance(arch, str) and any(o in arch for o in ('hf-hub:', 'local-dir:')): raise ValueError(f"timm has no architecture '{arch}' of its own, and a file may not name others")
+    refuse_hubs(arch)
     if not (isinstance(arch, str) or is_registered(arch)) or not (cut is None or isinstance(cut, int) or callable(cut)): raise TypeError(f'an architecture is a name, and a cut a number, not {arch!r} and {cut!r}')
     return create_vision_model(arch, n_out, False, n_in=n_in, cut=cut, custom_head=custom_head, trim=trim, **head_args, **options)
 

@@ -19,6 +19,7 @@ from ..nets.body import in_channels
 from ..nets.unet import DynamicUnet
 from ..nets.weights import set_channels_last
 from ..optim.optimizer import Adam
+from .architectures import refuse_hubs
 from .encoders import create_encoder
 from .learner import add_normalization, _outputs
 from .nets import find_architecture, vision_splitter
@@ -57,6 +58,8 @@ def create_unet_model(
         model.built_by = (rebuild_unet_model, dict(arch=str(found) if named else encoder, n_out=n_out, img_size=size, n_in=n_in, cut=cut if named else None, act_cls=name, norm_type=getattr(norm_type, 'name', norm_type), **args))
     return model
 
+_LARGEST = 4096 # side of the images that a U-Net from a file is tried with
+
 @register
 def rebuild_unet_model(
     arch: str | nn.Module,        # 'torchvision:name' or 'timm:name', or the encoder itself
@@ -74,7 +77,9 @@ def rebuild_unet_model(
     made = getattr(nn, act_cls, None) if isinstance(act_cls, str) else None
     if not isinstance(arch, (str, nn.Module)) or not (cut is None or isinstance(cut, int)) or not (isinstance(made, type) and issubclass(made, nn.Module)):
         raise TypeError(f'an architecture is a name, a cut a number, an activation a class of torch.nn, not {arch!r}, {cut!r} and {act_cls!r}')
-    return create_unet_model(arch, n_out, img_size, False, n_in=n_in, cut=cut, act_cls=made, norm_type=norm_type, **args)
+    sides = [img_size] if isinstance(img_size, int) else list(img_size)
+    if not all(isinstance(o, int) and 0 < o <= _LARGEST for o in sides): raise ValueError(f'a U-Net is built for images of up to {_LARGEST} pixels a side, not {sides[:4]}')
+    return create_unet_model(refuse_hubs(arch), n_out, img_size, False, n_in=n_in, cut=cut, act_cls=made, norm_type=norm_type, **args)
 
 # %% ../../../nbs/60_vision/27_unet.ipynb #f53d6558
 @checked_keywords
