@@ -403,10 +403,10 @@ def test_numbers_and_points(three):
     np.testing.assert_allclose(interp.to_frame().error, flat.norm(dim=-1).mean(1), rtol=1e-5)
     interp.plot_top_losses(1)
     import matplotlib.pyplot as plt
-    target, guess = plt.gcf().axes[0].collections
+    target, guess = plt.gcf().axes[0].lines[-2:] # circles, crosses
     x, i = interp.targs, int(interp.top_losses(1)[1])
-    np.testing.assert_allclose(target.get_offsets(), (x[i] + 1) * 8, rtol=1e-4)
-    np.testing.assert_allclose(guess.get_offsets(), (interp.preds[i] + 1) * 8, rtol=1e-4)
+    np.testing.assert_allclose(target.get_xydata(), (x[i] + 1) * 8, rtol=1e-4)
+    np.testing.assert_allclose(guess.get_xydata(), (interp.preds[i] + 1) * 8, rtol=1e-4)
     interp.plot_errors()
 
 

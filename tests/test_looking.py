@@ -251,7 +251,7 @@ def test_other_classes_are_told(path):
     with pytest.warns(UserWarning, match="the task 'classification'"): learn.dls = loaders(path, 'regression')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        learn.dls = loaders(path, 'regression', item_tfms=Resize(16))
+        learn.dls = loaders(path, 'classification', item_tfms=Resize(16))
 
 def test_changed_transforms(path):
     "In `dls.new`, what resizes and what is random gives way; what is always needed stays"

@@ -120,6 +120,8 @@ class GradCAM:
     ) -> tuple[torch.Tensor, Any]: # (n, rows, columns) of the layer's map, from 0 on; and what the model returned
         "How much each place speaks for the class"
         picture = leaves(xb)[0]
+        if not callable(target) and getattr(output_of_loss(self.learn.loss_func), 'takes_all', False): raise TypeError(
+            'Grad-CAM explains the score of a class, and a detector returns boxes, labels and scores: say target=, a function of them that returns a number for each picture, such as target=lambda pred: pred[2][:, 0], the best score')
         target = self._as_numbers(target, len(picture))
         with uncompiled(self.model), evaluating(self.model), torch.enable_grad():
             self._find_layer(xb, target)

@@ -38,7 +38,7 @@ def _is_panel(value: Any) -> bool: return bool(getattr(value, 'is_picture', Fals
 
 def _panels(targets: tuple) -> list[str]:
     "The headings of the panels that a sample has besides those of its inputs"
-    if not any(map(_is_panel, targets)) or any(hasattr(o, 'show_compared') for o in targets): return []
+    if not any(map(_is_panel, targets)) or any(hasattr(o, 'show_compared') for o in _marks(targets)): return []
     return ['target', 'prediction'] if any(hasattr(o, 'lbl') for o in targets) else ['input', 'target', 'prediction']
 
 def _marks(values: tuple) -> list[Any]:
@@ -78,13 +78,11 @@ def _show_inputs(values: tuple, ctxs: list, options: dict[str, Any]) -> Any:
 
 def _show_over(sample: tuple, guess: tuple, n_inp: int, ctxs: list, title: str, color: str, options: dict[str, Any]) -> None:
     ctx = _show_inputs(sample[:n_inp], ctxs, options) if ctxs[0] is not None else None
-    told = [(a, b) for a, b in zip(sample[n_inp:], guess) if hasattr(a, 'show_compared')] if ctx is not None else []
-    for target, predicted in told: target.show_compared(predicted, ctx=ctx)
-    if told: sample, guess = sample[:n_inp], ()
-    for values, mark in ((sample[n_inp:], 'lime'), (guess, 'red')):
-        for value in _marks(values) if ctx is not None else (): value.show(ctx=ctx, color=mark)
+    for target, predicted in zip(_marks(sample[n_inp:]), _marks(guess)) if ctx is not None else (): # what is written is in the title
+        if hasattr(target, 'show_compared'): target.show_compared(predicted, ctx=ctx)
+        else: predicted.show(ctx=target.show(ctx=ctx, color='lime'), color='red')
     for points in getattr(ctx, 'collections', ()): points.set_sizes([80])
-    show_title(title, ctx, color)
+    show_title(title, ctx=ctx, color=color)
 
 def _show_panels(sample: tuple, guess: tuple, n_inp: int, ctxs: list, headings: list[str], title: str, options: dict[str, Any]) -> None:
     "The panels of one sample: its inputs, then what is on them"
@@ -94,7 +92,7 @@ def _show_panels(sample: tuple, guess: tuple, n_inp: int, ctxs: list, headings: 
         values = {'input': (), 'target': sample[n_inp:], 'prediction': guess}[said]
         if not any(getattr(o, 'stands_alone', False) for o in values): _show_inputs(sample[:1], [ctx], options)
         for value in _marks(values): value.show(ctx=ctx)
-        show_title(f'{said}; {title}' if said == 'prediction' else said, ctx)
+        show_title(f'{said}; {title}' if said == 'prediction' else said, ctx=ctx)
 
 def _fit_titles(places: list) -> None:
     "Titles no wider than their panels, as long as they can be read, all of one size"

@@ -28,6 +28,7 @@ def as_loaders(
 class Exchanging(Fitting):
     "The part of a learner that holds its loaders, and takes others"
     _dls: Any = None
+    _made_for: tuple[Any, Any] = (None, None) # classes and task of the first loaders, which the model was made for
 
     @property
     def dls(self) -> Any: # `DataLoaders`
@@ -37,17 +38,18 @@ class Exchanging(Fitting):
     @dls.setter
     def dls(self, dls: Any) -> None:
         before, self._dls = self._dls, as_loaders(dls)
+        if before is None: self._made_for = self._dls.vocab, self._dls.task
         if before is None or before is self._dls: return
-        _warn_of_other_classes(before, self._dls)
+        _warn_of_other_classes(*self._made_for, self._dls)
         _keep_normalisation(before, self._dls)
         if isinstance(self.loss_func, nn.Module): self.loss_func.to(self._dls.device)
 
-def _warn_of_other_classes(before: Any, now: Any) -> None:
+def _warn_of_other_classes(old: Any, task: str | None, now: Any) -> None:
     "What the outputs of the model mean is not what the new data calls them"
-    old, new = before.vocab, now.vocab
-    if before.task != now.task: warnings.warn(f'the learner was made for the task {before.task!r}, and the new loaders have {now.task!r}: its loss and metrics stay as they are', stacklevel=3)
+    new = now.vocab
+    if task != now.task: warnings.warn(f'the learner was made for the task {task!r}, and the new loaders have {now.task!r}: its loss and metrics stay as they are', stacklevel=3)
     elif old is not None and new is not None and old != new: warnings.warn(
-        f'the new loaders have other classes ({_short(new)}) than those that the model was made for ({_short(old)}): its outputs keep their meaning only with the same ones, vocab=learn.dls.vocab of the old loaders', stacklevel=3)
+        f'the new loaders have other classes ({_short(new)}) than those that the model was made for ({_short(old)}): its outputs keep their meaning only with the same ones, vocab=learn.dls.vocab of the first loaders', stacklevel=3)
 
 def _short(vocab: Any) -> str: return f"{len(vocab)}: {', '.join(map(str, list(vocab)[:5]))}{', ...' if len(vocab) > 5 else ''}"
 

@@ -15,7 +15,7 @@ from ..base.registry import did_you_mean
 from ..nets.hooks import Hooks
 
 # %% auto #0
-__all__ = ['layer_of', 'widths_of', 'channel_axis', 'pooled', 'is_map', 'as_map', 'LayerFeatures']
+__all__ = ['layer_of', 'widths_of', 'channel_axis', 'last_map', 'pooled', 'is_map', 'as_map', 'LayerFeatures']
 
 # %% ../../../nbs/40_learner/10_features.ipynb #23d09d33
 def layer_of(
@@ -46,11 +46,19 @@ def channel_axis(
     likely = -1 if len(shape) == 3 or shape[1] == shape[2] != shape[3] else 1
     return -likely if shape[likely] not in widths and shape[-likely] in widths else likely
 
+def last_map(
+    output: Any, # what a layer returned
+) -> Any:        # of several maps (n, channels, h, w) the last one, which is the coarsest of a pyramid; anything else as it is
+    "The last one of several maps"
+    several = list(output.values() if isinstance(output, dict) else output) if isinstance(output, (dict, tuple, list)) else []
+    return several[-1] if several and all(isinstance(o, torch.Tensor) and o.dim() == 4 for o in several) else output
+
 def pooled(
-    output: Any,      # what a layer returned: (n, features), (n, tokens, channels), a map (n, channels, ...)
+    output: Any,      # what a layer returned: (n, features), (n, tokens, channels), a map (n, channels, ...), or several maps
     widths: set[int], # from `widths_of`
 ) -> torch.Tensor:    # (n, features), a new tensor; maps and tokens are averaged over their places
     "One row of numbers for each sample"
+    output = last_map(output)
     if not isinstance(output, torch.Tensor) or not output.dim(): raise TypeError(f'the layer returned {describe_value(output)}, and not one tensor with a row for each sample: choose another layer')
     output = output.detach().float()
     if output.dim() < 3: return output.clone().reshape(len(output), -1) # a copy: what follows may change it in place
@@ -109,7 +117,7 @@ class LayerFeatures:
     def _note(self, m: nn.Module, inputs: Any, output: Any) -> None:
         "Keep the features of one layer, or of one layer of each kind"
         if self.found is not None: self._seen['found'] = m, self.found[1], pooled(inputs[0] if self.found[1] else output, self.widths)
-        elif m is self._body and isinstance(output, torch.Tensor) and output.dim() != 3: self._seen['body'] = m, False, pooled(output, self.widths)
+        elif m is self._body and isinstance(last_map(output), torch.Tensor) and last_map(output).dim() != 3: self._seen['body'] = m, False, pooled(output, self.widths)
         elif isinstance(m, nn.Linear) and inputs and inputs[0].dim() == 2: self._seen['linear'] = m, True, pooled(inputs[0], self.widths)
         elif isinstance(output, torch.Tensor) and output.dim() == 4: self._note_map(m, output)
 
@@ -153,7 +161,8 @@ class LayerFeatures:
                 f"say layer=..., a module or its name, such as '{names[-2] if len(names) > 1 else ''.join(names[:1])}'. Its parts are {', '.join(names[:8])}")
 
 def _body_of(model: nn.Module) -> nn.Module | None:
-    "The first part of a model of two parts, of which the second has a linear layer"
+    "What a model says is its body (`feature_layer`); else the first part of a model of two parts, of which the second has a linear layer"
+    if isinstance(getattr(model, 'feature_layer', None), nn.Module): return model.feature_layer # type: ignore[return-value]
     parts = list(model.children()) if isinstance(model, nn.Sequential) else []
     if len(parts) != 2 or any(not list(o.children()) for o in parts): return None
     return parts[0] if any(isinstance(m, nn.Linear) for m in parts[1].modules()) else None

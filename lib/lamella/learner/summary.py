@@ -45,9 +45,11 @@ class Summarising(Fitting):
         return to_device(next(iter(dl)), self.dls.device)
 
     def _task_text(self) -> str | None:
-        "What is to be learned, of how many classes"
-        task, vocab = getattr(self.dls, 'task', None), getattr(self.dls, 'vocab', None)
-        return f'{task} of {len(vocab)} classes' if task and isinstance(vocab, list) else task
+        "What is to be learned, of how many classes; of several targets each"
+        find, n = getattr(self.dls.train_ds, 'find', None), len(getattr(self.dls.train_ds, 'fields', ()))
+        if find is None: return None
+        told = [_in_words(find('task', i), find('vocab', i)) for i in range(min(self.dls.n_inp or 0, n - 1), n) if find('task', i)]
+        return ', '.join(told) or None
 
     def _normalisation_text(self) -> str | None:
         "Mean and standard deviation of the channels, if a transform of the loaders has them"
@@ -65,3 +67,8 @@ class Summarising(Fitting):
         "Which groups are trained"
         if self.opt is None or not self.opt.frozen_idx: return 'unfrozen'
         return f'frozen up to parameter group #{self.opt.frozen_idx} of {len(self.opt.param_lists)}'
+
+def _in_words(task: str, vocab: Any) -> str:
+    "A task and its number of classes, without '#na#', which fills up boxes and is never to be found"
+    if not isinstance(vocab, list): return task
+    return f"{task} of {len(vocab) - (task == 'detection' and '#na#' in vocab)} classes"

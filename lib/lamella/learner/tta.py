@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/40_learner/07_tta.ipynb #a094e80d
 from __future__ import annotations
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -145,13 +146,14 @@ class TestTime(Predicting):
         varied = self._varied(plain, way)
         plain.moves, sizes = [], []
         preds, targs = self._pass(plain, lambda i, pred: (sizes.append(_size(pred)), pred)[1])
+        if varied is None: return (preds if beta is not None or use_max else (preds, preds)), targs
         for k in range(n):
             varied.epoch, varied.moves = k, []
             way.add(self._pass(varied, lambda i, pred: way.back(pred, _at(varied.moves, i), _at(plain.moves, i), sizes[i]))[0])
         return way.result(preds, beta), targs
 
     def _varied(self, plain: Any, way: _Mean) -> Any:
-        "The same loader with the transforms of the training, as far as they can be undone"
+        "The same loader with the transforms of the training, as far as they can be undone; `None` if nothing is random"
         made = plain.new(split_idx=0)
         if not way.undoes: return made
         made.after_item = made.after_item.for_split(1)
@@ -159,9 +161,10 @@ class TestTime(Predicting):
         kinds = list(_flat(made.input_types[self.dls.n_inp or -1:])) # type: ignore[index]
         lost = [f for f in made.after_batch.fs if f.split_idx == 0 and type(f).fuse is None and any(f.handler(kind)[0] is not None for kind in kinds)]
         if lost: raise TypeError(f'tta has to undo what is done to the targets, and {lost[0].name} does not say how: leave it out with batch_tfms=[...]')
-        if not any(isinstance(f, RandTransform) for f in made.after_batch.fs): raise ValueError(
-            f'tta of the task {self.dls.task!r} needs random transforms of batches, which it can undo (those of items it cannot), and this loader has none: give some, batch_tfms=aug_transforms()')
-        return made
+        if any(isinstance(f, RandTransform) for f in made.after_batch.fs): return made
+        warnings.warn(f'tta of the task {self.dls.task!r} needs random transforms of batches, which it can undo (those of items it cannot), and this loader has none: '
+                      'these are the plain predictions. Give some, batch_tfms=aug_transforms()', stacklevel=4)
+        return None
 
     def _pass(self, dl: Any, back: Callable[[int, Any], Any]) -> tuple:
         "Activated predictions, moved back, and targets"

@@ -109,6 +109,7 @@ def explain_damage(
 ) -> BaseException:   # the same error
     "Name the file that is damaged, and the way out"
     if isinstance(error, WrongMask): return error if isinstance(source, bytes) else add_context(error, f"the mask '{source}'")
+    if isinstance(error, IsADirectoryError): return add_context(error, f"'{source}' is a folder and no image: give a list of its files, get_image_files('{source}')")
     if isinstance(source, bytes): return add_context(error, f'{len(source)} bytes that are no complete image')
     return add_context(error, f"the file '{source}' is no image that PIL can read, or it is damaged: remove it, or find all such files with verify_images(...)")
 

@@ -121,6 +121,11 @@ class Detector(nn.Module):
         "Compile the backbone: what comes after it has another number of boxes for each image"
         self.detector.backbone.compile(**options)
 
+    @property
+    def feature_layer(self) -> nn.Module: # returns maps, the coarsest last
+        "The network before the pyramid: what `learn.get_embeddings()` reads"
+        return getattr(self.detector.backbone, 'body', self.detector.backbone)
+
     # ---- what may be changed at any time
 
     @property
