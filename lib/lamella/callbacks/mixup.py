@@ -12,6 +12,7 @@ from torch.distributions import Beta
 from ..base.errors import describe_value
 from ..base.nested import find_bs, leaves, map_nested
 from ..loop.callback import Callback
+from ..loop.named import OwnLoss
 from ..loop.samplewise import losses_of_samples, reduce_loss, reduction_of
 
 # %% auto #0
@@ -63,6 +64,10 @@ class MixHandler(Callback):
         "Each sample with its share, and the other with the rest"
         lam = self.lam.to(x).reshape(-1, *[1] * (x.dim() - 1)) if isinstance(self.lam, torch.Tensor) else self.lam
         return torch.lerp(x[order], x, lam)
+
+    def before_fit(self) -> None:
+        if not isinstance(self.loss_func, OwnLoss): return
+        raise TypeError(f'{type(self).__name__} mixes two losses of each batch, and {type(self.model).__name__} computes its loss itself: train it without {type(self).__name__}, or give a loss_func of predictions and targets')
 
     def before_batch(self) -> None:
         for x in leaves((self.xb, self.yb)):
@@ -186,6 +191,10 @@ class CutMixUp(Callback):
     def lam(self) -> Any: # a number, or (n,)
         "The share of the sample itself in this batch"
         return self.part.lam
+
+    def before_fit(self) -> None:
+        self.part.learn = self.learn
+        self.part.before_fit()
 
     def before_batch(self) -> None:
         self.part = self.parts[int(torch.rand(1).item() >= self.probability)]

@@ -17,6 +17,7 @@ from ..data.loader import DataLoader
 from ..data.types import Category
 from .items import can_read_again, chosen_items, loader_in_order, names_of_items, some_samples
 from .panels import as_text, is_number, is_text, show_compared
+from ..learner.inference import activated, decided
 from ..loop.callback import Callback
 from ..loop.named import OwnLoss
 from ..loop.samplewise import losses_of_samples
@@ -119,8 +120,8 @@ class Interpretation:
         "The meaning of a prediction, as the loss knows it"
         output = output_of_loss(self.learn.loss_func)
         if getattr(output, 'takes_all', False): return pred, output.decodes(pred) # what a detector returns means something as a whole
-        meant = map_nested(output.activation if self.act is None else self.act, pred)
-        return meant, map_nested(output.decodes, meant)
+        meant = activated(output, pred) if self.act is None else self.act(pred)
+        return meant, decided(output, meant)
 
     # ---- losses
 

@@ -66,14 +66,22 @@ def activated(
     preds: Any,  # what the model returned: a tensor, or nested ones; `None` where it left something out
 ) -> Any:        # in the same nesting
     "From outputs to their meaning, such as probabilities"
-    return output.activation(preds) if getattr(output, 'takes_all', False) else _one_by_one(output.activation, preds)
+    return output.activation(preds) if _takes_all(output, 'activation') else _one_by_one(output.activation, preds)
 
 def decided(
     output: Any, # has `decodes`, such as a loss
     probs: Any,  # from `activated`
+    n: int = 1,  # how many targets there are; `ValueError` if several have one decision
 ) -> Any:        # in the same nesting
     "From the meaning to decisions"
-    return output.decodes(probs) if getattr(output, 'takes_all', False) else _one_by_one(output.decodes, probs)
+    found = output.decodes(probs) if _takes_all(output, 'decodes') else _one_by_one(output.decodes, probs)
+    if n < 2 or not isinstance(found, torch.Tensor): return found
+    raise ValueError(f'the model gives one output for {n} targets: give the loss a `decodes` that returns one decision for each')
+
+def _takes_all(output: Any, name: str) -> bool:
+    "A loss of one's own gets the whole prediction; the losses of lamella are about one tensor, if they do not say otherwise"
+    said = getattr(output, 'takes_all', None)
+    return not (getattr(output, name).__module__ or '').startswith('lamella.losses') if said is None else said
 
 def _one_by_one(func: Any, x: Any) -> Any: return map_nested(lambda o: None if o is None else func(o), x)
 
@@ -105,12 +113,12 @@ class Inference:
         return found + (self._of_samples(waiting) if waiting else [])
 
     def _of_samples(self, samples: list[tuple]) -> list[Prediction]:
-        outputs = self._outputs(samples)
-        if getattr(self.output, 'takes_all', False) or isinstance(outputs, (tuple, list)) and len(self.pipeline.targets) > 1: return self._of_several(samples, outputs)
-        probs = to_detach(self.output.activation(outputs))
-        decisions, classes = self.output.decodes(probs), self.pipeline.vocab
-        found = [Prediction.make(self.pipeline.label(d, s), d, p, classes) for d, p, s in zip(decisions, probs, samples)]
-        for o in found: o.thresholds = self._thresholds(classes)
+        probs, several = to_detach(activated(self.output, self._outputs(samples))), len(self.pipeline.targets) > 1
+        decisions = decided(self.output, probs, len(self.pipeline.targets))
+        parts = [[map_nested(lambda o: None if o is None else o[i], found) for found in (decisions, probs)] for i in range(len(samples))]
+        classes = None if getattr(self.output, 'takes_all', False) else tuple(self.pipeline.vocabs) if several else self.pipeline.vocab
+        found = [Prediction.make(self.pipeline.label(d, s), d, p, classes) for (d, p), s in zip(parts, samples)]
+        for o in found: o.thresholds = None if several else self._thresholds(classes)
         return found
 
     def _thresholds(self, classes: Any) -> dict[Any, float] | None:
@@ -119,13 +127,6 @@ class Inference:
         if thresh is None or classes is None: return None
         limits = as_numbers(thresh)
         return dict(zip(classes, limits if isinstance(limits, list) else [limits] * len(classes)))
-
-    def _of_several(self, samples: list[tuple], outputs: Any) -> list[Prediction]:
-        "Predictions of several targets: tuples of their parts"
-        probs = to_detach(activated(self.output, outputs))
-        decisions, classes = decided(self.output, probs), None if getattr(self.output, 'takes_all', False) else tuple(self.pipeline.vocabs)
-        parts = [[map_nested(lambda o: o[i], found) for found in (decisions, probs)] for i in range(len(samples))]
-        return [Prediction.make(self.pipeline.label(d, s), d, p, classes) for (d, p), s in zip(parts, samples)]
 
     def _outputs(self, samples: list[tuple]) -> Any:
         "What the model returns; items that are dictionaries go to the parameters of their names, without the targets"

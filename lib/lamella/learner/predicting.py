@@ -68,7 +68,7 @@ class Predicting(Fitting):
         with_input: bool = False,               # the inputs, too
         with_decoded: bool = False,             # the decisions, too; without `with_preds` each batch becomes decisions at once
         with_loss: bool = False,                # the loss of each sample, too
-        act: Callable[[torch.Tensor], torch.Tensor] | None = None, # in place of the activation of the loss
+        act: Callable[[Any], Any] | None = None, # in place of the activation of the loss; gets all that the model returns
         inner: bool = False,                    # fastai's way to say that it is called within a fit, which is found out here
         reorder: bool = True,                   # in the order of the dataset, each sample once; otherwise as the loader gives them
         cbs: Any = None,                        # callbacks for this pass only
@@ -89,7 +89,7 @@ class Predicting(Fitting):
 
     def _results(self, gather: GatherPredsCallback, act: Any, with_input: bool, with_decoded: bool, with_loss: bool) -> tuple:
         found, output = gather.gathered(), output_of_loss(self.loss_func)
-        preds = activated(output, found['preds']) if act is None else map_nested(lambda o: None if o is None else act(o), found['preds'])
+        preds = None if found['preds'] is None else activated(output, found['preds']) if act is None else act(found['preds'])
         result = [found['inputs']] if with_input else []
         decoded = found['decoded'] if found['decoded'] is not None else decided(output, preds) if with_decoded else None
         result += [preds, found['targets']] + ([decoded] if with_decoded else [])
@@ -98,7 +98,7 @@ class Predicting(Fitting):
     def _decider(self, act: Any) -> Callable[[Any], Any]:
         "From what the model returns to decisions"
         output = output_of_loss(self.loss_func)
-        return lambda preds: map_nested(_unless_none(lambda o: output.decodes((output.activation if act is None else act)(o))), preds)
+        return lambda preds: decided(output, activated(output, preds) if act is None else act(preds))
 
     def _in_order(self, dl: Any, all_items: bool = False) -> Any:
         "A loader of lamella, without shuffling; with all samples of its dataset where each is to have its prediction"
@@ -174,11 +174,7 @@ class Predicting(Fitting):
         output = output_of_loss(self.loss_func)
         self.model.to(self.dls.device)
         with evaluating(self.inference_model()) as model: pred = model(*to_device(self.split_batch_of(batch)[0], self.dls.device))
-        return tuple(as_list(decided(output, activated(output, pred))))
-
-def _unless_none(func: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    "A model may leave something out of its output"
-    return lambda o: None if o is None else func(o)
+        return tuple(as_list(decided(output, activated(output, pred), len(self.split_batch_of(batch)[1]))))
 
 @contextmanager
 def _hint_of_bad_items(dl: Any) -> Iterator[None]:

@@ -27,7 +27,7 @@ class Thresholds(Predicting):
     ) -> dict[Any, float]:    # a threshold for each label
         "The threshold of each label that gives the largest F-beta on a loader"
         owner = getattr(self.loss_func, 'first', self.loss_func)
-        if not hasattr(owner, 'thresh'): raise TypeError(f'thresholds are for several labels, with a loss that knows them, such as BCEWithLogitsLossFlat(), not {self.loss_func}')
+        if not hasattr(owner, 'thresh') or getattr(owner, 'takes_all', False): raise TypeError(f'thresholds are for several labels, with a loss that knows them, such as BCEWithLogitsLossFlat(), not {self.loss_func}')
         probs, targs = self.get_preds(ds_idx, dl)
         if targs is None: raise ValueError('thresholds are chosen by what is right, and this loader has no targets: make it with test_dl(..., with_labels=True)')
         found = as_numbers(best_thresholds(probs, targs.reshape(probs.shape), beta))

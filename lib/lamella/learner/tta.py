@@ -14,6 +14,7 @@ from ..base.nested import map_nested, to_detach
 from ..base.registry import checked_keywords
 from ..data.moves import Moves
 from ..data.transform import RandTransform
+from .inference import activated
 from .predicting import Predicting
 from .undoing import boxes_back, map_back, merge_boxes, points_back, were_seen
 from ..loop.callback import Callback
@@ -118,12 +119,8 @@ class _Undo(Callback):
     def before_validate(self) -> None: self.count = 0
 
     def after_batch(self) -> None:
-        self.learn.pred = self.back(self.count, _activated(self.output, to_detach(self.pred, cpu=False)))
+        self.learn.pred = self.back(self.count, activated(self.output, to_detach(self.pred, cpu=False)))
         self.count += 1
-
-def _activated(output: Any, pred: Any) -> Any:
-    "What predictions mean; some losses know only of all parts together"
-    return output.activation(pred) if getattr(output, 'takes_all', False) else map_nested(lambda o: None if o is None else output.activation(o), pred)
 
 class TestTime(Predicting):
     "The part of a learner that predicts each sample several times"

@@ -15,8 +15,8 @@ from torch import nn
 from ..nets.body import create_body, cut_model, evaluating, has_pool_type, in_channels
 
 # %% auto #0
-__all__ = ['Body', 'made_for', 'size_problem', 'FeatureVector', 'TimmBody', 'try_body', 'timm_body', 'drop_unused',
-           'torchvision_body', 'module_body', 'pair_body', 'returns_map']
+__all__ = ['Body', 'made_for', 'wrong_channels', 'size_problem', 'FeatureVector', 'TimmBody', 'try_body', 'timm_body',
+           'drop_unused', 'torchvision_body', 'module_body', 'pair_body', 'returns_map']
 
 # %% ../../../nbs/60_vision/19_bodies.ipynb #97be0eaa
 class Body(nn.Module):
@@ -48,12 +48,22 @@ def made_for(
     size = (size, size) if isinstance(size, int) else tuple(size)
     return size if all(isinstance(o, int) for o in size) else None
 
+def wrong_channels(
+    model: nn.Module, # a network
+    x: Any,           # what it was given
+) -> bool:            # False if it is no batch of images, or the network does not say
+    "Do images have other channels than the first convolution takes?"
+    if not isinstance(x, torch.Tensor) or x.dim() != 4: return False
+    try: return in_channels(model) != x.shape[1]
+    except ValueError: return False
+
 def size_problem(
     model: nn.Module,      # a network
     x: torch.Tensor,       # (n, channels, h, w), what it was given
     error: Exception,      # what it raised
-) -> str | None:           # for a message; `None` if the size is not the reason
-    "What to do with images whose size a network cannot take"
+) -> str | None:           # for a message; `None` if they are not the reason
+    "What to do with images whose channels or size a network cannot take"
+    if wrong_channels(model, x): return f'the images have {x.shape[1]} channel{"s" * (x.shape[1] > 1)}, and the network takes {in_channels(model)}: n_in={x.shape[1]}'
     size = made_for(model)
     if size is None or isinstance(error, torch.cuda.OutOfMemoryError) or not isinstance(x, torch.Tensor) or x.dim() != 4 or tuple(x.shape[-2:]) == size: return None
     h, w = x.shape[-2:]

@@ -37,6 +37,7 @@ def find_detector(
     backbone: Any = None,       # a network of timm by name, if `arch` is one of the three kinds
 ) -> str:                       # the name
     "The name of a detector; `ValueError` with the nearest names if there is none"
+    if isinstance(arch, nn.Module): raise TypeError(f"a detector is given by name ('fcos_resnet50_fpn') or as a function of torchvision.models.detection, not as a {type(arch).__name__} that is there already: it is built for the classes of the data; its weights are weights=model.state_dict()")
     name = arch if isinstance(arch, str) else getattr(arch, '__name__', '') if getattr(arch, '__module__', '').startswith('torchvision.models.detection') else None
     if name is None: raise TypeError(f"a detector is a name ('fcos_resnet50_fpn') or a function of torchvision.models.detection, not {arch!r}")
     names = list_detectors()

@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..base.registry import register
 from ..nets.body import create_body, evaluating
 from ..nets.unet import maps_of
 from ..nets.weights import load_weights
 from .architectures import Architecture, find_architecture
-from .bodies import TimmBody
-from .nets import CLASSIFIERS, adapt_channels, state_of
+from .bodies import TimmBody, try_body
+from .nets import CLASSIFIERS, adapt_channels, rebuild_vision_model, state_of
 
 # %% auto #0
-__all__ = ['AdaptedMaps', 'timm_maps', 'chain_of', 'create_encoder']
+__all__ = ['AdaptedMaps', 'timm_maps', 'chain_of', 'create_encoder', 'NamedMaps']
 
 # %% ../../../nbs/60_vision/26_encoders.ipynb #07ee6606
 class AdaptedMaps(nn.Module):
@@ -125,18 +126,47 @@ def create_encoder(
 ) -> nn.Module:                         # an `nn.Sequential`, or a network that returns a list of maps
     "The part of a network that a U-Net begins with"
     if isinstance(arch, (tuple, list)): arch = arch[0]
-    if isinstance(arch, TimmBody): return _WholeMaps(arch.model)
-    if isinstance(arch, nn.Module): return arch
+    if isinstance(arch, nn.Module): return _module_encoder(arch, weights, n_in, cut)
     found = find_architecture(arch)
     if found is None or found.library == 'torchvision' or cut is not None: return _torchvision_encoder((arch if found is None else found)(pretrained and weights is None), weights, n_in, cut)
     height, width = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)[-2:]
     return _timm_encoder(found, pretrained, weights, n_in, (height, width))
 
+def _module_encoder(model: nn.Module, weights: Any, n_in: int, cut: int | Callable | None) -> nn.Module:
+    "Of a network that is there already: itself, if it is an encoder; otherwise made of a copy"
+    if cut is not None: return _torchvision_encoder(copy.deepcopy(model), weights, n_in, cut)
+    if isinstance(model, TimmBody) and hasattr(model, 'made_from'): return NamedMaps(model.made_from, model.model)
+    if isinstance(model, TimmBody): return _WholeMaps(model.model)
+    if isinstance(model, nn.Sequential) or _gives_maps(model): return model
+    return _WholeMaps(model, weights, n_in) if hasattr(model, 'forward_intermediates') else _torchvision_encoder(copy.deepcopy(model), weights, n_in, None)
+
+def _gives_maps(model: nn.Module) -> bool:
+    "Does a network return a list of maps? So it is taken, too, if it cannot be tried"
+    try: found = try_body(model, model)
+    except Exception: return True
+    return isinstance(found, (list, tuple)) and all(isinstance(o, torch.Tensor) and o.dim() == 4 for o in found)
+
 class _WholeMaps(nn.Module):
     "The maps of a network of timm that is there already; a copy, since what comes after its last map is taken away"
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, weights: Any = None, n_in: int = 3):
         super().__init__()
         self.model = copy.deepcopy(model)
+        if weights is not None: load_weights(self.model, state_of(weights), ignore=CLASSIFIERS)
+        if n_in != 3: adapt_channels(self.model, n_in)
         self.model.prune_intermediate_layers(None)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]: return self.model.forward_intermediates(x, intermediates_only=True)
+
+@register
+class NamedMaps(_WholeMaps):
+    "The maps of a network of timm that was built by name, so that an exported file can say how"
+    def __init__(self,
+        made_from: dict[str, Any],      # of a body: its name, and the arguments that it was built with
+        model: nn.Module | None = None, # the network, if it is there; built with random weights if not
+    ):
+        super().__init__(rebuild_vision_model(**made_from, n_out=1)[0].model if model is None else model)
+        self.made_from = made_from
+
+    def spec_args(self) -> dict[str, Any]: # arguments that make the same network again
+        "What an exported file has to say of it"
+        return {'made_from': self.made_from}
