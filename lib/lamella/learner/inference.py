@@ -76,7 +76,9 @@ def decided(
     "From the meaning to decisions"
     found = output.decodes(probs) if _takes_all(output, 'decodes') else _one_by_one(output.decodes, probs)
     if n < 2 or not isinstance(found, torch.Tensor): return found
-    raise ValueError(f'the model gives one output for {n} targets: give the loss a `decodes` that returns one decision for each')
+    raise _one_for_several(n)
+
+def _one_for_several(n: int) -> ValueError: return ValueError(f'the model gives one output for {n} targets: give the loss a `decodes` that returns one decision for each')
 
 def _takes_all(output: Any, name: str) -> bool:
     "A loss of one's own gets the whole prediction; the losses of lamella are about one tensor, if they do not say otherwise"
@@ -113,13 +115,22 @@ class Inference:
         return found + (self._of_samples(waiting) if waiting else [])
 
     def _of_samples(self, samples: list[tuple]) -> list[Prediction]:
-        probs, several = to_detach(activated(self.output, self._outputs(samples))), len(self.pipeline.targets) > 1
-        decisions = decided(self.output, probs, len(self.pipeline.targets))
+        probs = to_detach(activated(self.output, self._outputs(samples)))
+        decisions = decided(self.output, probs)
+        several = len(self.pipeline.targets) > 1 and not isinstance(decisions, torch.Tensor)
         parts = [[map_nested(lambda o: None if o is None else o[i], found) for found in (decisions, probs)] for i in range(len(samples))]
         classes = None if getattr(self.output, 'takes_all', False) else tuple(self.pipeline.vocabs) if several else self.pipeline.vocab
-        found = [Prediction.make(self.pipeline.label(d, s), d, p, classes) for (d, p), s in zip(parts, samples)]
+        found = [Prediction.make(self._label(d, s), d, p, classes) for (d, p), s in zip(parts, samples)]
         for o in found: o.thresholds = None if several else self._thresholds(classes)
         return found
+
+    def _label(self, decision: Any, sample: tuple) -> Any:
+        "One decision for several targets is about the first of them, if it can be"
+        try: return self.pipeline.label(decision, sample)
+        except Exception as error:
+            n = len(self.pipeline.targets)
+            if n > 1 and isinstance(decision, torch.Tensor): raise _one_for_several(n) from error
+            raise
 
     def _thresholds(self, classes: Any) -> dict[Any, float] | None:
         "Of each label, if there are several"
