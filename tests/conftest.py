@@ -28,9 +28,12 @@ def photos(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _tidy():
-    "The same seed for each test, and no figures left"
+    "The same seed and number of threads for each test, and no figures left"
+    import torch
     from lamella.base.seeds import set_seed
     set_seed(7)
+    threads = torch.get_num_threads()
     yield
     import matplotlib.pyplot as plt
     plt.close('all')
+    torch.set_num_threads(threads) # sums depend on it in the last bit

@@ -5,6 +5,8 @@
 # %% ../../../nbs/30_callbacks/24_tensorboard.ipynb #cf381f68
 from __future__ import annotations
 import os
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.seeds import keep_random_states
@@ -28,6 +30,7 @@ class TensorBoardLogger(Logger):
     def start(self, config: dict[str, Any], step: int) -> None:
         "Open the folder"
         from torch.utils.tensorboard import SummaryWriter
+        if step and self.log_dir: _wait_for_a_later_name(Path(self.log_dir))
         self.writer = SummaryWriter(self.log_dir, purge_step=step + 1 if step else None)
         self.log_dir = self.writer.log_dir
         self.writer.add_text('config', '\n'.join(['| | |', '|-|-|', *(f'| {k} | {v} |' for k, v in config.items())]), step)
@@ -59,6 +62,12 @@ class TensorBoardLogger(Logger):
         self.log_dir = state['log_dir'] or self.log_dir
 
     def __repr__(self) -> str: return f"{type(self).__name__}('{self.log_dir}')"
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    "Until the second of the newest file of events is over"
+    seconds = [name.split('.')[3] for path in folder.glob('events.out.tfevents.*') if (name := path.name)]
+    newest, until = max((int(o) for o in seconds if o.isdigit()), default=0), time.monotonic() + 2 # not longer, whatever the clocks say
+    while int(time.time()) <= newest and time.monotonic() < until: time.sleep(0.02)
 
 class TensorBoardCallback(LoggerCallback):
     "Logs to TensorBoard"
