@@ -16,4 +16,4 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     package_dir={'': 'lib'}, packages=find_packages('lib'), package_data={'lamella': ['assets/*', 'py.typed']},
     python_requires=f">={project['min_python']}", install_requires=project['requirements'].split(),
-    extras_require=extras, zip_safe=False)
+    extras_require=extras, entry_points={'console_scripts': project['console_scripts'].split()}, zip_safe=False)

@@ -16,7 +16,7 @@ from lamella.callbacks.checkpoint import Checkpoint
 from lamella.data.blocks import CategoryBlock
 from lamella.data.datablock import DataBlock
 from lamella.data.splitters import IndexSplitter
-from lamella.export.predictor import load_learner
+from lamella.export import load_learner
 from lamella.learner.learner import Learner
 from lamella.losses import CrossEntropyLossFlat
 from lamella.metrics.detection import mAP, mAP50
@@ -443,7 +443,7 @@ def test_exported_file_in_another_process(shapes, tmp_path):
     learn.export(tmp_path/'model.pkl')
     file = shapes/'images'/'0005.png'
     found = learn.predict(file)
-    code = (f"import sys\nfrom lamella.export.predictor import load_learner\np = load_learner(r'{tmp_path/'model.pkl'}')\nfound = p.predict(r'{file}')\n"
+    code = (f"import sys\nfrom lamella.export import load_learner\np = load_learner(r'{tmp_path/'model.pkl'}')\nfound = p.predict(r'{file}')\n"
             "print(repr(found.label)); print([o.tolist() for o in found[2]]); print(p.model.score_thresh, p.model.nms_thresh, p.output.thresh, p.vocab)")
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == [repr(found.label), str([o.tolist() for o in found[2]]), "0.06 0.4 0.07 ['#na#', 'circle', 'square', 'triangle']"]

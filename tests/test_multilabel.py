@@ -13,7 +13,7 @@ from lamella.data.labels import ColReader
 from lamella.data.multilabel import MultiCategoryBlock
 from lamella.data.splitters import ColSplitter
 from lamella.data.types import MultiCategory, TensorMultiCategory
-from lamella.export.predictor import load_learner
+from lamella.export import load_learner
 from lamella.learner.learner import Learner
 from lamella.losses import BCEWithLogitsLossFlat
 from lamella.metrics import accuracy_multi

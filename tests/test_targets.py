@@ -15,7 +15,7 @@ from lamella.data.datablock import DataBlock
 from lamella.data.pipeline import DataError
 from lamella.data.splitters import IndexSplitter
 from lamella.data.types import TensorCategory
-from lamella.export.predictor import load_learner
+from lamella.export import load_learner
 from lamella.learner.learner import Learner
 from lamella.vision.augment import aug_transforms
 from lamella.vision.batch import Normalize, imagenet_stats

@@ -168,7 +168,7 @@ from ..data.tfmdlists import TfmdLists, show_at
 from ..data.third_party import ThirdParty, train_only
 from ..data.transform import DisplayedTransform, ItemTransform, RandTransform, Transform
 from ..data.types import (Category, MultiCategory, TensorBase, TensorCategory, TensorFloat, TensorMultiCategory, TitledFloat, TitledStr, TitledTuple, show_title)
-from ..export.predictor import ExportError, Predictor, load_learner
+from ..export import ExportError, Predictor, load_learner
 from ..interpret import (ClassificationInterpretation, DetectionInterpretation, Interpretation, RegressionInterpretation, SegmentationInterpretation)
 from ..interpret.embeddings import Embeddings, nearest, plot_embeddings
 from ..interpret.gradcam import GradCAM, plot_gradcam
