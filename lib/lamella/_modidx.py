@@ -5281,6 +5281,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'lamella/vision/groups.py')},
             'lamella.vision.learner': { 'lamella.vision.learner._channels': ( '60_vision/learner.html#_channels',
                                                                               'lamella/vision/learner.py'),
+                                        'lamella.vision.learner._channels_of': ( '60_vision/learner.html#_channels_of',
+                                                                                 'lamella/vision/learner.py'),
                                         'lamella.vision.learner._compare': ('60_vision/learner.html#_compare', 'lamella/vision/learner.py'),
                                         'lamella.vision.learner._misspelt': ( '60_vision/learner.html#_misspelt',
                                                                               'lamella/vision/learner.py'),
