@@ -101,6 +101,16 @@ class InferencePipeline:
         "The classes of each target"
         return [next((f.vocab for f in field.fs if getattr(f, 'vocab', None) is not None), None) for field in self.targets]
 
+    @property
+    def task(self) -> str | None: # such as 'classification', as `DataLoaders.task`
+        "What is to be predicted, if the last target says so"
+        return self.tasks[-1] if self.targets else None
+
+    @property
+    def tasks(self) -> list[str | None]: # one for each target
+        "What each target is"
+        return [next((f.task for f in reversed(field.fs) if getattr(f, 'task', None) is not None), None) for field in self.targets]
+
     def label(self,
         decision: Any,               # a prediction of one sample, decoded by the loss; a tuple for several targets
         sample: tuple | None = None, # the inputs, as `sample` gives them

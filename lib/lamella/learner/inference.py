@@ -15,50 +15,10 @@ from ..base.nested import map_nested, to_detach
 from ..data.inference import InferencePipeline
 from ..nets.body import evaluating
 
+from .predictions import Prediction, Predictions
+
 # %% auto #0
-__all__ = ['Prediction', 'activated', 'decided', 'Inference']
-
-# %% ../../../nbs/40_learner/00_inference.ipynb #9189fc5a
-class Prediction(tuple):
-    "(label, decision, probabilities), with names; tuples of them for several targets"
-    classes: Sequence[Any] | None = None # of several targets a tuple: those of each
-    thresholds: dict[Any, float] | None = None # of several labels: from which probability on each is predicted
-
-    @classmethod
-    def make(cls,
-        label: Any,                        # such as 'cat'
-        decision: torch.Tensor,            # such as the number of the class
-        probs: torch.Tensor,               # activated outputs of the model
-        classes: Sequence[Any] | None,     # names of the classes, if there are any
-    ) -> Prediction:                       # unpacks into the first three
-        "Put a prediction together"
-        made = cls((label, decision, probs))
-        made.classes = classes
-        return made
-
-    @property
-    def label(self) -> Any: # such as 'cat'
-        "The decision, as people would say it"
-        return self[0]
-
-    def each(self) -> list[Prediction]: # one for each target; itself if there is one
-        "The predictions of several targets, one by one"
-        return [Prediction.make(*o) for o in zip(*self, self.classes)] if isinstance(self.classes, tuple) else [self]
-
-    @property
-    def probability(self) -> Any: # 0 to 1; `None` if the task has no classes; a tuple for several targets
-        "How probable the model takes its decision to be; `None` for several labels, see `probabilities`"
-        if isinstance(self.classes, tuple): return tuple(o.probability for o in self.each())
-        if self.classes is None or self[1].numel() != 1 or self[2].dim() != 1 or self[1].dtype.is_floating_point or self[1].dtype == torch.bool: return None
-        return float(self[2][int(self[1])])
-
-    @property
-    def probabilities(self) -> Any: # largest first; empty if the task has no classes; a tuple for several targets
-        "The probability of each class, by name"
-        if isinstance(self.classes, tuple): return tuple(o.probabilities for o in self.each())
-        if self.classes is None or self[2].dim() != 1: return {}
-        pairs = zip(self.classes, self[2].tolist())
-        return dict(sorted(pairs, key=lambda pair: -pair[1]))
+__all__ = ['activated', 'decided', 'Inference']
 
 # %% ../../../nbs/40_learner/00_inference.ipynb #0c3b010f
 def activated(
@@ -88,6 +48,8 @@ def _takes_all(output: Any, name: str) -> bool:
 def _one_by_one(func: Any, x: Any) -> Any: return map_nested(lambda o: None if o is None else func(o), x)
 
 # %% ../../../nbs/40_learner/00_inference.ipynb #d1a48a60
+_TASK_OF_LOSS = {'CrossEntropyLossFlat': 'classification', 'LabelSmoothingCrossEntropyFlat': 'classification', 'FocalLossFlat': 'classification', 'BCEWithLogitsLossFlat': 'multi-label', 'DetectionLoss': 'detection'}
+
 class Inference:
     "Predicts items: opens and transforms them, calls the model, decodes what it returns"
     def __init__(self,
@@ -96,6 +58,11 @@ class Inference:
         output: Any,                           # has `activation` and `decodes`, such as a loss
         device: torch.device | str | None,     # where the model is
     ): self.model, self.pipeline, self.output, self.device = model, pipeline, output, device
+
+    @property
+    def task(self) -> str | None: # such as 'classification'; `None` if neither the data nor the loss says it
+        "What the model does"
+        return self.pipeline.task or _TASK_OF_LOSS.get(type(self.output).__name__)
 
     def predict(self,
         item: Any, # of the kind of the source, or what the first block opens
@@ -106,13 +73,26 @@ class Inference:
     def predict_items(self,
         items: Iterable[Any], # several items
         bs: int = 64,         # how many at once
-    ) -> list[Prediction]:    # one for each, in their order
+    ) -> Predictions:         # one for each, in their order
         "Predict several items, in batches"
+        items = list(items)
         found, waiting = [], []
         for item in items:
             waiting.append(self.pipeline.sample(item))
             if len(waiting) == bs: found += self._of_samples(waiting); waiting = []
-        return found + (self._of_samples(waiting) if waiting else [])
+        return Predictions(found + (self._of_samples(waiting) if waiting else []), items)
+
+    def sample(self,
+        item: Any, # of the kind of the source, or what the first block opens
+    ) -> tuple:    # one value an input
+        "The first half of `predict`: one item, opened and transformed; several threads may do that"
+        return self.pipeline.sample(item)
+
+    def predict_samples(self,
+        samples: list[tuple], # from `sample`
+    ) -> list[Prediction]:    # one for each, in their order
+        "The second half of `predict`: one call of the model for several samples"
+        return self._of_samples(samples)
 
     def _of_samples(self, samples: list[tuple]) -> list[Prediction]:
         probs = to_detach(activated(self.output, self._outputs(samples)))
@@ -120,7 +100,8 @@ class Inference:
         several = len(self.pipeline.targets) > 1 and not isinstance(decisions, torch.Tensor)
         parts = [[map_nested(lambda o: None if o is None else o[i], found) for found in (decisions, probs)] for i in range(len(samples))]
         classes = None if getattr(self.output, 'takes_all', False) else tuple(self.pipeline.vocabs) if several else self.pipeline.vocab
-        found = [Prediction.make(self._label(d, s), d, p, classes) for (d, p), s in zip(parts, samples)]
+        task = tuple(self.pipeline.tasks) if isinstance(classes, tuple) else self.task
+        found = [Prediction.make(self._label(d, s), d, p, classes, task) for (d, p), s in zip(parts, samples)]
         for o in found: o.thresholds = None if several else self._thresholds(classes)
         return found
 
