@@ -26,6 +26,15 @@ class Option(click.Option):
     ):
         super().__init__(*args, **{'show_default': True, **kwargs})
         self.group = group
+        if self.metavar is None and not self.is_flag: self.metavar = _METAVARS.get(type(self.type))
+
+    def get_help_extra(self,
+        ctx: click.Context, # of the command
+    ) -> Any:               # what stands in brackets behind the explanation
+        "The default; that a number of epochs is not negative goes without saying"
+        return {name: value for name, value in super().get_help_extra(ctx).items() if name != 'range'} # type: ignore[misc]
+
+_METAVARS = {click.IntRange: 'N', click.types.IntParamType: 'N', click.FloatRange: 'NUMBER', click.types.FloatParamType: 'NUMBER', click.types.StringParamType: 'NAME'}
 
 class Argument(click.Argument):
     "An argument with an explanation"
@@ -134,7 +143,7 @@ class Group(click.Group):
         key: str = 'command', # the name of the choice in a file
         **kwargs: Any,        # as of `click.Group`
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{'context_settings': {'max_content_width': 110}, **kwargs})
         self.key = key
 
     def parse_args(self,

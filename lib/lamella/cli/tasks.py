@@ -61,11 +61,11 @@ _COLUMNS = (
     Option(['--images'], type=click.Path(exists=True, file_okay=False), group='Data', help='Folder that the file names are relative to; that of the table if not given.'),
     Option(['--fn-col'], default='0', group='Data', help='Column of the file names, by name or number.'),
     Option(['--label-col'], default='1', group='Data', help='Column of the labels, by name or number.'),
-    Option(['--suffix'], default='', show_default=False, group='Data', help="What the file names lack, such as '.jpg'."),
-    Option(['--delimiter'], default=',', group='Data', help='What separates the columns.'),
+    Option(['--suffix'], default='', show_default=False, metavar='TEXT', group='Data', help="What the file names lack, such as '.jpg'."),
+    Option(['--delimiter'], default=',', metavar='TEXT', group='Data', help='What separates the columns.'),
     Option(['--valid-col'], group='Data', help='Column that is true for the pictures to check with, in place of a random share.'),
     _VALID_PCT)
-_LABEL_DELIM = Option(['--label-delim'], group='Data', help="What separates several labels of a picture, such as ' ' or ';': each picture then has any number of labels.")
+_LABEL_DELIM = Option(['--label-delim'], metavar='TEXT', group='Data', help="What separates several labels of a picture, such as ' ' or ';': each picture then has any number of labels.")
 
 def _data_options(size: str, bs: int, resize: str = 'crop') -> list[Option]: return [
     Option(['--size'], type=Size(), default=size, group='Data', help='Pixels of a side that the network sees, or HEIGHTxWIDTH.'),
@@ -98,7 +98,7 @@ _FOLDERS = Source('from-folders', 'Pictures in two or three folders, each with o
 def _csv(about: str, loaders: str, *options: Option) -> Source:
     return Source('from-csv', about, f'lamella.cli.images:{loaders}', [_path('path', 'The table, with the names of its columns in the first row.', file=True)], [*_COLUMNS, *options])
 
-register_task(Task('image-classification', 'What is in a picture? One class, or with --label-delim any number of labels.',
+register_task(Task('image-classification', 'What is in a picture: one class, or any number of labels.',
     [_FOLDER, _FOLDERS, _csv('Pictures and their labels in a table.', 'from_csv', _LABEL_DELIM)], [*_data_options('224', 64), _BACKBONE, *_MODEL], 'lamella.cli.images:classifier', evaluates=True))
 
 register_task(Task('image-regression', 'A number for each picture, such as an age or a score.',

@@ -30,7 +30,7 @@ COMMON: list[Option] = [
     Option(['--overwrite'], is_flag=True, group='Output', help='Replace it if it is there.'),
     Option(['--log'], type=click.Choice(['csv', 'jsonl', 'tensorboard', 'wandb', 'mlflow']), multiple=True, group='Output', help='Write losses and metrics down, beside the model.'),
     Option(['--checkpoint'], type=click.Path(file_okay=False), group='Output', help="Folder from which an interrupted run goes on; 'model.checkpoint' for 'model.pkl' if not given."),
-    Option(['--checkpoint-every'], type=click.FloatRange(0), default=60., metavar='SECONDS', group='Output', help='How much work a crash may cost.'),
+    Option(['--checkpoint-every'], type=click.FloatRange(0), default=60, metavar='SECONDS', group='Output', help='How much work a crash may cost.'),
     Option(['--resume'], is_flag=True, group='Output', help='Go on with the checkpoint, if there is one.')]
 
 def _trainer(task: Task, source: Source) -> Any:
@@ -45,7 +45,9 @@ def train_command(
     source: Source,  # from what
 ) -> click.Command:  # 'from-folder' of 'lamella train image-classification'
     "The command of one source of a task"
-    return Command(source.name, callback=_trainer(task, source), help=f'{task.help}\n\n{source.help}', short_help=source.help, params=[*source.arguments, *source.options, *task.options, *COMMON])
+    words = ' '.join((o.name or '').upper() for o in source.arguments if o.required)
+    example = f'  lamella train {task.name} {source.name} {words} --epochs 4 --out model.pkl'
+    return Command(source.name, callback=_trainer(task, source), help=f'{task.help} {source.help}\n\n\b\n{example}', short_help=source.help, params=[*source.arguments, *source.options, *task.options, *COMMON])
 
 class TaskGroup(Group):
     "`lamella train`: a group for each task that is known by now"
