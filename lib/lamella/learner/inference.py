@@ -82,6 +82,18 @@ class Inference:
             if len(waiting) == bs: found += self._of_samples(waiting); waiting = []
         return Predictions(found + (self._of_samples(waiting) if waiting else []), items)
 
+    def sample(self,
+        item: Any, # of the kind of the source, or what the first block opens
+    ) -> tuple:    # one value an input
+        "The first half of `predict`: one item, opened and transformed; several threads may do that"
+        return self.pipeline.sample(item)
+
+    def predict_samples(self,
+        samples: list[tuple], # from `sample`
+    ) -> list[Prediction]:    # one for each, in their order
+        "The second half of `predict`: one call of the model for several samples"
+        return self._of_samples(samples)
+
     def _of_samples(self, samples: list[tuple]) -> list[Prediction]:
         probs = to_detach(activated(self.output, self._outputs(samples)))
         decisions = decided(self.output, probs)
