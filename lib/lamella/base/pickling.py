@@ -148,7 +148,8 @@ def _is_layer(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, nn.Module) and (kind.__module__.startswith('torch.nn.modules.') or kind in _LAYERS)
 
 def _refuse(what: str) -> Any:
-    raise UntrustedError(f"the file names {what}, which would run code that is not lamella's; load_learner(..., trust=True) does it, if you trust where the file comes from")
+    raise UntrustedError(f"the file names {what}, which would run code that is not lamella's; load_learner(..., trust=True) does it, if you trust where the file comes from. "
+                         'Your own classes need no trust with @register_layer above a layer (@register above a transform, which is then exported again), at the top level of a module that is imported before')
 
 def _known(module: str, name: str) -> Any:
     "The class, if it is on the list: plain containers, the layers of torch.nn, and registered ones"
