@@ -5,8 +5,8 @@
 # %% ../../../nbs/51_export/01_loading.ipynb #6168f3b6
 from __future__ import annotations
 import json
+import math
 import os
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,19 @@ def read_spec(
     return _read_spec(Path(fname), read_bundle(fname, EXPORT_MEMBERS))
 
 def _read_spec(path: Path, members: dict[str, bytes]) -> dict[str, Any]:
-    def _refuse(text: str) -> None: raise ValueError(f'{text} is no number of JSON')
-    try: spec = json.loads(members['spec.json'], parse_constant=_refuse)
+    try: spec = json.loads(members['spec.json'], parse_constant=_finite, parse_float=_finite)
     except (KeyError, ValueError, RecursionError) as error: raise BundleError(f"'{path}' has no readable spec.json: {error}") from error
     if not isinstance(spec, dict) or spec.get('format') != 'lamella': raise BundleError(f"'{path}' is not a file that lamella exported")
-    if not isinstance(spec.get('version'), int): raise BundleError(f"'{path}' does not say which version of the format it has")
+    if type(spec.get('version')) is not int or spec['version'] < 1: raise BundleError(f"'{path}' does not say which version of the format it has")
     if spec['version'] > FORMAT_VERSION:
         raise BundleError(f"'{path}' was exported by a newer lamella (format {spec['version']}, this one reads up to {FORMAT_VERSION}): pip install --upgrade lamella")
     wrong = next((name for name, fits in _PLAIN.items() if not fits(spec.get(name))), None)
     if wrong is not None: raise BundleError(f"'{path}' says of its {wrong} what cannot be: {repr(spec[wrong])[:100]}")
     return spec
+
+def _finite(text: str) -> float:
+    if math.isfinite(number := float(text)): return number
+    raise ValueError(f'{text} is no number of JSON')
 
 def _is_text(o: Any) -> bool: return o is None or isinstance(o, str) and len(o) <= 1000
 def _is_number(o: Any) -> bool: return o is None or type(o) in (int, float) and abs(o) < 1e300
@@ -77,37 +80,46 @@ def _is_input(o: Any) -> bool:
 
 def _is_numbers(o: Any) -> bool: return o is None or isinstance(o, dict) and len(o) <= 1000 and all(_is_text(k) and _is_number(v) for k, v in o.items())
 
-_PLAIN = {'task': _is_text, 'architecture': _is_text, 'input': _is_input, 'metrics': _is_numbers} # what people and programs read of a file without building its model
+def _are_texts(o: Any) -> bool: return o is None or isinstance(o, dict) and len(o) <= 1000 and all(map(_is_text, [*o, *o.values()]))
+
+_PLAIN = {'libraries': _are_texts, 'task': _is_text, 'architecture': _is_text, 'input': _is_input, 'metrics': _is_numbers} # what people and programs read of a file without building its model
 
 def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Predictor:
     "A predictor from what the file says"
     objects, data = _objects(members, trust), members['weights.safetensors']
     if not trust: _refuse_openers([spec['model'], spec['output']])
-    with nullcontext() if trust else _Budget(2 * len(data) + _FREE): model = _build_model(spec['model'], objects)
+    with _Building(None if trust else 2 * len(data) + _FREE): model = _build_model(spec['model'], objects)
     if not trust: _check_paths(model)
     _load_weights(model, data)
     if spec.get('channels_last') is True: model.to(memory_format=torch.channels_last)
     p = spec['pipeline']
     parts = {name: rebuild(p[name], objects) for name in ('inputs', 'targets', 'item_tfms', 'batch_tfms', 'item_kind')}
     types = rebuild(p.get('target_types', []), objects) # older files have none
-    predictor = Predictor(model, InferencePipeline(**parts, target_types=types), rebuild(spec['output'], objects), None)
+    predictor = Predictor(model, InferencePipeline(**parts, target_types=types), _output(spec['output'], objects), None)
     predictor.spec = spec
     return predictor
 
 _FREE, _PATHS = 2 ** 28, 100_000 # numbers that a network may have in layers that are cut off again; layers, each as often as it is used
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace, torch.Tensor.clone, torch.Tensor.repeat}
 
-class _Budget(TorchFunctionMode):
-    "While a model is built: it cannot have many more numbers than the file has weights for, whatever the file says"
-    def __init__(self, numbers: int):
+_DRAWS = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
+
+class _Building(TorchFunctionMode):
+    "While a model is built: it cannot have many more numbers than the file has weights for, and its weights are not drawn, since they come from the file"
+    def __init__(self, numbers: int | None):
         super().__init__()
-        self.left = numbers
+        self.left = math.inf if numbers is None else numbers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS and isinstance(drawn := args[0] if args else kwargs['tensor'], nn.Parameter): return _zeros(drawn)
         made = func(*args, **(kwargs or {}))
         if func in _MAKERS and isinstance(made, torch.Tensor) and not made.is_meta: self.left -= made.numel()
         if self.left < 0: raise ValueError('the file describes a model that is far larger than the weights in it')
         return made
+
+def _zeros(weight: nn.Parameter) -> nn.Parameter:
+    with torch.no_grad(): weight.zero_()
+    return weight
 
 def _refuse_openers(spec: Any) -> None:
     "`create` of images opens files: it belongs to the steps from an item to its tensors, not into a model or a loss"
@@ -129,6 +141,11 @@ def _build_model(described: Any, objects: list[Any]) -> nn.Module:
     else: model = rebuild(described, objects)
     if not isinstance(model, nn.Module): raise ValueError(f'what should be the model is a {type(model).__name__}')
     return model
+
+def _output(described: Any, objects: list[Any]) -> Any:
+    output = rebuild(described, objects)
+    if hasattr(output, 'activation') and hasattr(output, 'decodes'): return output
+    raise ValueError(f'what should say the meaning of the outputs is a {type(output).__name__}')
 
 def _load_weights(model: nn.Module, data: bytes) -> None:
     from safetensors.torch import load
