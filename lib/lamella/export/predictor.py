@@ -15,6 +15,7 @@ from ..base.registry import checked_keywords
 from ..data.loader import DataLoader
 from ..data.new_items import NewItems, may_have_workers
 from ..data.several import several
+from ..learner.deploying import Deploying
 from ..learner.inference import Inference, activated, decided, inputs_of, ordered
 
 # %% auto #0
@@ -57,7 +58,7 @@ class NewLoaders:
         if num_workers is None: num_workers = default_workers() if len(items) > bs and may_have_workers() else 0
         return DataLoader(NewItems(items, p), bs=bs, num_workers=num_workers, **{'after_item': p.item_tfms, 'after_batch': p.batch_tfms, 'device': self.device, 'seed': 0, **kwargs})
 
-class Predictor(Inference):
+class Predictor(Deploying, Inference):
     "Predicts new items with an exported model"
     spec: dict[str, Any] = {} # what the file says of itself
 
