@@ -7,8 +7,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from fastcore.foundation import L
 
+from ..base.devices import resolve_device
 from ..learner.deploying import Deploying
 from ..learner.inference import Inference, Prediction
 
@@ -18,13 +20,33 @@ __all__ = ['Predictor']
 # %% ../../../nbs/51_export/00_predictor.ipynb #46439735
 class Predictor(Deploying, Inference):
     "Predicts new items with an exported model"
-    spec: dict[str, Any] # what the file says of itself
+    spec: dict[str, Any] = {} # what the file says of itself
 
     def predict(self,
         item: Any, # one item, or a list of them
     ) -> Any:      # (label, decision, probabilities), a list of such for a list
         "Predict new items"
         return self.predict_items(item) if isinstance(item, (list, L)) else super().predict(item)
+
+    @property
+    def task(self) -> str | None: # such as 'classification', 'segmentation'
+        "What the model does"
+        return self.spec.get('task') or super().task
+
+    def info(self) -> dict[str, Any]: # values that JSON knows
+        "What is known of the model"
+        size = {'size': None, 'channels': None}
+        return {'task': self.task, 'classes': None if self.vocab is None else [str(o) for o in self.vocab], 'architecture': self.spec.get('architecture') or _architecture(self.spec.get('model')) or type(self.model).__name__,
+                'parameters': sum(p.numel() for p in self.model.parameters()), 'input': {**size, **(self.spec.get('input') or {})}, 'metrics': self.spec.get('metrics') or {},
+                'libraries': self.spec.get('libraries') or {}, 'format': self.spec.get('version')}
+
+    def to(self,
+        device: torch.device | str | int, # where to predict from now on
+    ) -> Predictor:                       # itself
+        "Move the model to another device"
+        self.device = resolve_device(device)
+        self.model.to(self.device)
+        return self
 
     @property
     def vocab(self) -> Any: # `None` if there is none
@@ -35,3 +57,8 @@ class Predictor(Deploying, Inference):
     def dls(self) -> Any: # has `vocab`
         "Where programs written for fastai look for the vocabulary"
         return SimpleNamespace(vocab=self.vocab)
+
+def _architecture(model: Any) -> str | None:
+    "By its name, where the file says one"
+    name = (model.get('args') or {}).get('arch') if isinstance(model, dict) else None
+    return name if isinstance(name, str) else name['$ref'].rpartition(':')[2] if isinstance(name, dict) and isinstance(name.get('$ref'), str) else None
