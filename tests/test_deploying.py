@@ -82,9 +82,9 @@ def test_more_than_one_input(learner, tmp_path):
     with pytest.raises(DeployError, match='the model has 2 inputs'): Deployment(inference)
 
 
-def test_detectors_are_refused(tmp_path):
+def test_detectors_are_refused(learner, tmp_path):
     from lamella.vision.detection import DetectionLoss
-    learn = Learner([[(torch.zeros(1, 3), torch.zeros(1))]] * 2, nn.Linear(3, 1), DetectionLoss(), default_cbs=False)
+    learn = Learner(learner.dls, learner.model, DetectionLoss(), default_cbs=False)
     with pytest.raises(DeployError, match='learn.export'): learn.to_onnx(tmp_path/'model.onnx')
 
 
