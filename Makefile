@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/python -m lamella.demo --out demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -q tests
+	$(BIN)/python -m pytest -n 2 -q --durations=25 tests
 
 bench: .venv/installed-bench
 	$(BIN)/python bench/run.py

@@ -24,7 +24,7 @@ from ..data.inference import InferencePipeline
 from .predictor import Predictor
 
 # %% auto #0
-__all__ = ['ExportError', 'load_learner']
+__all__ = ['ExportError', 'load_learner', 'read_spec']
 
 # %% ../../../nbs/51_export/01_loading.ipynb #042dacd6
 class ExportError(ValueError):
@@ -48,6 +48,12 @@ def load_learner(
     predictor.model.to(predictor.device).eval()
     return predictor
 
+def read_spec(
+    fname: str | os.PathLike, # a file that `learn.export` wrote
+) -> dict[str, Any]:          # `task`, `architecture`, `input`, `metrics`, `libraries`, ...; older files do not have all of them
+    "What an exported file says of itself; no model is built"
+    return _read_spec(Path(fname), read_bundle(fname, EXPORT_MEMBERS))
+
 def _read_spec(path: Path, members: dict[str, bytes]) -> dict[str, Any]:
     def _refuse(text: str) -> None: raise ValueError(f'{text} is no number of JSON')
     try: spec = json.loads(members['spec.json'], parse_constant=_refuse)
@@ -56,7 +62,22 @@ def _read_spec(path: Path, members: dict[str, bytes]) -> dict[str, Any]:
     if not isinstance(spec.get('version'), int): raise BundleError(f"'{path}' does not say which version of the format it has")
     if spec['version'] > FORMAT_VERSION:
         raise BundleError(f"'{path}' was exported by a newer lamella (format {spec['version']}, this one reads up to {FORMAT_VERSION}): pip install --upgrade lamella")
+    wrong = next((name for name, fits in _PLAIN.items() if not fits(spec.get(name))), None)
+    if wrong is not None: raise BundleError(f"'{path}' says of its {wrong} what cannot be: {repr(spec[wrong])[:100]}")
     return spec
+
+def _is_text(o: Any) -> bool: return o is None or isinstance(o, str) and len(o) <= 1000
+def _is_number(o: Any) -> bool: return o is None or type(o) in (int, float) and abs(o) < 1e300
+def _is_count(o: Any) -> bool: return o is None or type(o) is int and 0 < o < 10 ** 6
+
+def _is_input(o: Any) -> bool:
+    if not isinstance(o, dict): return o is None
+    size = o.get('size')
+    return _is_count(o.get('channels')) and (size is None or isinstance(size, list) and len(size) == 2 and None not in size and all(map(_is_count, size)))
+
+def _is_numbers(o: Any) -> bool: return o is None or isinstance(o, dict) and len(o) <= 1000 and all(_is_text(k) and _is_number(v) for k, v in o.items())
+
+_PLAIN = {'task': _is_text, 'architecture': _is_text, 'input': _is_input, 'metrics': _is_numbers} # what people and programs read of a file without building its model
 
 def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Predictor:
     "A predictor from what the file says"

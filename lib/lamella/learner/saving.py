@@ -5,8 +5,10 @@
 # %% ../../../nbs/40_learner/13_saving.ipynb #9a6362f6
 from __future__ import annotations
 import json
+import math
 import os
 import platform
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import torch
 
 from ..base.bundle import FORMAT_VERSION, write_bundle
 from ..base.files import atomic_write
+from ..base.nested import leaves
 from ..base.pickling import dump_objects
 from ..base.processes import distrib_barrier, is_main_process
 from ..base.registry import is_registered, name_of
 from ..base.seeds import keep_random_states
 from ..base.spec import describe
+from ..data.datasets import get_item
 from ..data.inference import InferencePipeline
 from ..data.transform import Transform
 from .fitting import Fitting
@@ -27,7 +31,8 @@ from ..optim.grouped import Optimizer
 from ..nets.weights import has_channels_last, load_weights
 
 # %% auto #0
-__all__ = ['describe_pipeline', 'describe_model', 'tensors_to_save', 'save_model', 'load_model', 'Saving']
+__all__ = ['describe_pipeline', 'describe_model', 'describe_architecture', 'describe_input', 'describe_metrics',
+           'tensors_to_save', 'save_model', 'load_model', 'Saving']
 
 # %% ../../../nbs/40_learner/13_saving.ipynb #3fd6dcda
 def describe_pipeline(
@@ -60,6 +65,39 @@ def _is_as_built(model: torch.nn.Module) -> bool:
     "Has the model still the structure that its builder gave it?"
     builder, args = model.built_by
     with keep_random_states(): return repr(builder(**args)) == repr(model)
+
+def describe_architecture(
+    model: torch.nn.Module, # of a learner
+) -> str:                   # such as 'timm:resnet34', 'DynamicUnet(timm:resnet34)', or the name of its class
+    "What people would call the network; `describe_model` says how to build it"
+    builder, args = getattr(model, 'built_by', None) or (None, {})
+    names = [o for o in (args.get('arch'), args.get('backbone')) if isinstance(o, str)]
+    name = type(model).__name__ if builder is None or not isinstance(model, torch.nn.Sequential) else getattr(builder, '__name__', '')
+    if not names: return name
+    return ', '.join(names) if isinstance(model, torch.nn.Sequential) else f"{name}({', '.join(names)})"
+
+def describe_input(
+    dl: Any,                     # best the validation loader
+    pipeline: InferencePipeline, # of that loader
+) -> dict[str, Any]:             # 'size': [height, width], 'channels': a number; `None` where there are no images, or where none can be read
+    "What images are when they come to the model: one is opened and transformed as those of the validation set are"
+    dataset, made = dl.dataset, ()
+    try:
+        with keep_random_states():
+            item = get_item(dataset.source, 0) if hasattr(dataset, 'fields') else dataset[0]
+            if not hasattr(dataset, 'fields') and isinstance(item, (tuple, list)): item = item[0]
+            made = leaves(pipeline.batch([pipeline.sample(item)], getattr(dl, 'device', None)))
+    except Exception: pass # the items may be gone: a trained learner can be exported without them
+    image = next((o for o in made if isinstance(o, torch.Tensor) and o.dim() == 4), None)
+    return {'size': None, 'channels': None} if image is None else {'size': list(image.shape[2:]), 'channels': image.shape[1]}
+
+def describe_metrics(
+    recorder: Any, # a `Recorder`, or `None`
+) -> dict[str, float | None]: # losses and metrics; `None` for what is not finite; empty if there was no epoch
+    "The last row of the training, as far as it is numbers"
+    row = {} if recorder is None else {str(k): v for k, v in zip(recorder.metric_names, recorder.log) if k not in ('epoch', 'time')}
+    if row.get('valid_loss', 0) is None: return {} # not an epoch, but a search for a learning rate
+    return {k: float(v) if math.isfinite(v) else None for k, v in row.items() if isinstance(v, Real)}
 
 def tensors_to_save(
     named: dict[str, torch.Tensor], # tensors by name
@@ -151,9 +189,7 @@ class Saving(Fitting):
         "Write one file from which `load_learner` makes a `Predictor`, without any of the training code; the learner is not changed, and of several processes the main one writes"
         if not is_main_process(): return self.path/fname
         objects: list[Any] = []
-        pipeline = InferencePipeline.from_loader(self.dls.valid if self.dls.valid is not None else self.dls.train)
-        spec = {'format': 'lamella', 'version': FORMAT_VERSION, 'libraries': _versions(), 'model': describe_model(self.model, objects), 'channels_last': has_channels_last(self.model),
-                'output': describe(output_of_loss(self.loss_func), objects), 'pipeline': describe_pipeline(pipeline, objects)}
+        spec = self._spec(objects)
         members = {'spec.json': json.dumps(spec, indent=1, allow_nan=False).encode(), 'weights.safetensors': tensors_to_save(self.model.state_dict())}
         if objects:
             pickled, tensors = dump_objects(objects)
@@ -161,6 +197,14 @@ class Saving(Fitting):
         target = self.path/fname
         target.parent.mkdir(parents=True, exist_ok=True)
         return write_bundle(target, members)
+
+    def _spec(self, objects: list[Any]) -> dict[str, Any]:
+        "All that is said in the file; what cannot be said goes into the list"
+        dl = self.dls.valid if self.dls.valid is not None else self.dls.train
+        pipeline = InferencePipeline.from_loader(dl)
+        about = {'task': self.dls.task, 'architecture': describe_architecture(self.model), 'input': describe_input(dl, pipeline), 'metrics': describe_metrics(getattr(self, 'recorder', None))}
+        return {'format': 'lamella', 'version': FORMAT_VERSION, 'libraries': _versions(), **about, 'model': describe_model(self.model, objects), 'channels_last': has_channels_last(self.model),
+                'output': describe(output_of_loss(self.loss_func), objects), 'pipeline': describe_pipeline(pipeline, objects)}
 
 def _versions() -> dict[str, str]:
     from importlib.metadata import version

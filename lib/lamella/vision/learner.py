@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..base.registry import did_you_mean
+from ..data.loader import DataLoader
 from ..learner.defaults import chosen_metrics
 from ..learner.learner import Learner
 from ..nets.body import in_channels
@@ -50,7 +51,7 @@ def vision_learner(
     cut: int | Callable | None = None,             # where to cut the network; found if not given
     custom_head: nn.Module | None = None,          # in place of the new head
     init: Callable | None = nn.init.kaiming_normal_, # fills the weights of the head
-    n_in: int | None = None,                       # channels of the images; three, or as many as a network or pair takes, if not given
+    n_in: int | None = None,                       # channels of the images; those of the first training image, or as many as a network or pair takes, if not given
     lin_ftrs: list[int] | None = None,             # sizes of the layers of the head; [512] if not given
     ps: float | list[float] = 0.5,                 # dropout of the head
     concat_pool: bool = True,                      # largest and average value, or average only
@@ -63,6 +64,7 @@ def vision_learner(
 ) -> Learner:                                      # frozen up to the head, if there are pretrained weights
     "A learner with a pretrained body and a new head"
     meta = model_meta.get(arch, {})
+    if n_in is None and not isinstance(arch, (nn.Module, tuple)): n_in = _channels_of(dls)
     head = dict(custom_head=custom_head, init=init, lin_ftrs=lin_ftrs, ps=ps, concat_pool=concat_pool, pool=pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     try: model = create_vision_model(arch, _outputs(dls, n_out), pretrained, weights, meta.get('cut') if cut is None else cut, n_in, **head, **kwargs)
     except TypeError as error: raise _misspelt(kwargs, error) from error
@@ -80,6 +82,13 @@ def _outputs(dls: Any, n_out: int | None) -> int:
     if isinstance(n_out, list): raise ValueError(f'there are {len(n_out)} targets, which need {n_out} outputs: say with n_out=... how many the model has in all, and give a loss_func for them')
     if not n_out: raise ValueError('the number of outputs cannot be told from the data: give n_out=...')
     return n_out
+
+def _channels_of(dls: Any) -> int | None:
+    "Those of the first image, if they are not the three that every network takes; `None` if it cannot be told"
+    if not isinstance(train := getattr(dls, 'train', None), DataLoader) or train.is_stream or not train.n: return None
+    try: image = train.make_batch([0])[0]
+    except Exception: return None # a bad file: whoever reads it says so
+    return image.shape[1] if isinstance(image, torch.Tensor) and image.dim() == 4 and image.shape[1] != 3 else None
 
 def _channels(model: nn.Sequential) -> int:
     "How many the images have"
