@@ -5276,6 +5276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lamella.serve.running': { 'lamella.serve.running._listen': ('80_serve/running.html#_listen', 'lamella/serve/running.py'),
                                        'lamella.serve.running._load': ('80_serve/running.html#_load', 'lamella/serve/running.py'),
                                        'lamella.serve.running._server': ('80_serve/running.html#_server', 'lamella/serve/running.py'),
+                                       'lamella.serve.running._tried': ('80_serve/running.html#_tried', 'lamella/serve/running.py'),
                                        'lamella.serve.running._url': ('80_serve/running.html#_url', 'lamella/serve/running.py'),
                                        'lamella.serve.running.is_local': ('80_serve/running.html#is_local', 'lamella/serve/running.py'),
                                        'lamella.serve.running.serve': ('80_serve/running.html#serve', 'lamella/serve/running.py'),
