@@ -132,7 +132,7 @@ def predict_files(
 def _piece(predictor: Any, files: list[str], on_error: str, kwargs: dict[str, Any]) -> Found:
     try: found = [o.to_dict() for o in predictor.predict(files, **kwargs)]
     except Exception as error:
-        if on_error == 'raise': raise
+        if on_error == 'raise' or isinstance(error, TypeError): raise
         if len(files) == 1: return click.echo(f'Skipped {files[0]}: {one_line(error)}', err=True)
         half = len(files) // 2 # only the bad ones are predicted alone
         yield from _piece(predictor, files[:half], on_error, kwargs)
