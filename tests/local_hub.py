@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.token not in (None, TOKEN): self.reply({'error': 'Invalid credentials in Authorization header'}, 401, X_Error_Message='Invalid credentials in Authorization header')
         elif self.hub.head(repo) is None or repo in self.hub.private and self.token is None:
             if self.token: self.reply({'error': 'Repository not found'}, 404, X_Error_Code='RepoNotFound')
-            else: self.reply({'error': 'Invalid username or password.'}, 401, X_Error_Message='Invalid username or password.')
+            else: self.reply({'error': 'Invalid username or password.'}, 401, X_Error_Code='RepoNotFound', X_Error_Message='Invalid username or password.')
         else: return True
         return False
 
@@ -175,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         if file is None: return self.reply({'error': 'Entry not found'}, 404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit.name)
         data, digest = file.read_bytes(), hashlib.sha256(file.read_bytes()).hexdigest()
         if not (self.hub.folder/'lfs'/digest).exists(): return self.reply(data, ETag=f'"{digest}"', X_Repo_Commit=commit.name)
-        self.reply(b'', 302, Location=f'{self.hub.address}/lfs/{digest}', X_Repo_Commit=commit.name, X_Linked_Size=str(len(data)), X_Linked_Etag=f'"{digest}"')
+        self.reply(b'', 302, Location=f'http://localhost:{self.hub.server_port}/lfs/{digest}', X_Repo_Commit=commit.name, X_Linked_Size=str(len(data)), X_Linked_Etag=f'"{digest}"')
 
 
 ROUTES = {

@@ -175,13 +175,13 @@ def _predicts(spec: Any) -> list[str]:
     vocab, task = _parts(spec, 'pipeline', 'vocab'), _at(spec, 'task')
     more = f' and {len(vocab) - _SHOWN} more' if len(vocab) > _SHOWN else ''
     classes = [f"- {len(vocab)} classes: {', '.join(map(as_code, vocab[:_SHOWN]))}{more}"] if vocab else []
-    return ([f'- Task: {as_code(task)}'] if task else []) + classes
+    return ([f'- Task: {as_code(task)}'] if task is not None else []) + classes
 
 def _is(spec: Any, size: int) -> list[str]:
     architecture, shape, channels = _at(spec, 'architecture'), _at(spec, 'input', 'size'), _at(spec, 'input', 'channels')
     sizes = [o for o in shape if isinstance(o, int)] if isinstance(shape, list) else []
     wanted = [f"{' x '.join(map(str, sizes))} pixels (height x width)"] * bool(sizes) + [f'{channels} channels'] * isinstance(channels, int)
-    rows = {'Architecture': as_code(architecture) if architecture else None, 'Parameters': f'{size:,} numbers in the weights' if size else None,
+    rows = {'Architecture': as_code(architecture) if architecture is not None else None, 'Parameters': f'{size:,} numbers in the weights' if size else None,
             'Input': ', '.join(wanted), 'Normalisation': _normalisation(spec)}
     return [f'- {name}: {value}' for name, value in rows.items() if value]
 

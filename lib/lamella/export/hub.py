@@ -28,7 +28,7 @@ __all__ = ['HubError', 'push_to_hub', 'from_hub']
 class HubError(OSError):
     "What could not be sent to the hub, or fetched from it: the reason and the way out, in one line"
 
-_STATUS = {401: "the hub does not accept the token: log in with `hf auth login`, or give token=... (made on the hub, under Settings, Access Tokens)",
+_STATUS = {401: "the hub does not accept the token, or wants one: log in with `hf auth login`, or give token=... (made on the hub, under Settings, Access Tokens)",
            403: "the token may not do that: it needs the permission to write to '{repo_id}'",
            409: "'{repo_id}' is being changed by somebody else: try again", 413: 'the file is too large for the hub',
            429: 'the hub has had too many requests from here: try again in some minutes'}
@@ -37,7 +37,7 @@ _KINDS = {'OfflineModeIsEnabled': "HF_HUB_OFFLINE is set, and '{filename}' of '{
           'RevisionNotFoundError': "'{repo_id}' has no revision '{revision}': name a branch, a tag or a commit of it",
           'EntryNotFoundError': "'{repo_id}' has no file '{filename}'{there}",
           'RepositoryNotFoundError': "there is no repository '{repo_id}', or it is private and you are not logged in as somebody who may see it: check the spelling, or log in with `hf auth login`",
-          'HFValidationError': '{text}'}
+          'HFValidationError': '{text}', 'FileMetadataError': '{text}'}
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     "An error and what it came from"

@@ -11,13 +11,14 @@ import torch
 from fastcore.foundation import L
 
 from ..base.devices import resolve_device
+from ..learner.deploying import Deploying
 from ..learner.inference import Inference, Prediction
 
 # %% auto #0
 __all__ = ['Predictor']
 
 # %% ../../../nbs/51_export/00_predictor.ipynb #46439735
-class Predictor(Inference):
+class Predictor(Deploying, Inference):
     "Predicts new items with an exported model"
     spec: dict[str, Any] = {} # what the file says of itself
 

@@ -18,6 +18,7 @@ from ..callbacks.progress import ProgressCallback
 from ..data.loaders import DataLoaders
 from .calling import Calling
 from .precision import Precision
+from .deploying import Deploying
 from .distributing import Distributing
 from .embedding import Extracting
 from .exchanging import Exchanging, as_loaders
@@ -39,7 +40,7 @@ __all__ = ['DEFAULT_CALLBACKS', 'Learner']
 # %% ../../../nbs/40_learner/18_learner.ipynb #340881c3
 DEFAULT_CALLBACKS: list[type] = [Recorder, ProgressCallback]
 
-class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Extracting, Saving, Distributing, Calling, Exchanging):
+class Learner(TestTime, Thresholds, Precision, Strategies, Summarising, Extracting, Saving, Deploying, Distributing, Calling, Exchanging):
     "Trains a model on data, predicts, saves and exports"
     @checked_keywords
     def __init__(self,

@@ -179,16 +179,19 @@ def _decode_base64(text: str, i: int) -> bytes:
 async def _of_form(request: Any, limits: Limits, counted: _Counted) -> list[Upload]:
     try: form = await request.form(max_files=limits.max_files, max_fields=limits.max_files)
     except Refused: raise
-    except Exception as error: raise _wrong_form(error, limits) from error
+    except Exception as error:
+        refused = _wrong_form(error, limits)
+        if refused is None: raise
+        raise refused from error
     try:
         if _last_boundary(request.headers['content-type']) not in counted.end: raise Refused(400, 'the form ends before its last boundary: a part of it did not arrive')
         return [await _of_field(name, value) for name, value in form.multi_items()]
     finally: await form.close()
 
-def _wrong_form(error: Exception, limits: Limits) -> Exception:
-    "Starlette says what it does not like, as one of two exceptions"
+def _wrong_form(error: Exception, limits: Limits) -> Refused | None:
+    "Starlette says what it does not like in one of two exceptions; a client that is gone is another thing"
     said = getattr(error, 'detail', getattr(error, 'message', None))
-    if not isinstance(said, str): return error
+    if not isinstance(said, str): return None
     return Refused(413, f'more than {limits.max_files} files in one request, which is the limit') if 'Too many' in said else Refused(400, f'the form cannot be read: {said}')
 
 def _last_boundary(content_type: str) -> bytes:
