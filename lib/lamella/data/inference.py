@@ -4,7 +4,9 @@
 
 # %% ../../../nbs/10_data/27_inference.ipynb #3069b0fe
 from __future__ import annotations
+import copy
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +47,7 @@ class InferencePipeline:
         self.inputs, self.targets = [Pipeline(o, 1) for o in inputs], [Pipeline(o, 1) for o in targets]
         self.item_tfms, self.batch_tfms, self.item_kind = Pipeline(item_tfms, 1), Pipeline(batch_tfms, 1), item_kind
         self._without_getters = [Pipeline([f for f in o.fs if not f.is_getter], 1) for o in self.inputs]
+        self._copies = threading.local()
         self.target_types = [o if isinstance(o, type) and issubclass(o, TensorBase) else None for o in target_types]
 
     @classmethod
@@ -61,20 +64,39 @@ class InferencePipeline:
         types = list(kinds[n:]) if isinstance(kinds, tuple) else []
         return cls(fields[:n], fields[n:], dl.after_item, dl.after_batch, kind, types)
 
+    def opened(self,
+        item: Any, # of the kind of the source, or what the first block opens
+    ) -> tuple:    # one value an input
+        "One item before the item transforms"
+        fields = self.inputs if kind_of(item) == self.item_kind else self._without_getters
+        return tuple([field(item) for field in fields])
+
+    def landmarks(self,
+        values: tuple, # from `opened`
+    ) -> Any:          # the type of the targets knows; `None` if they are no places
+        "Landmarks of what was opened: they go through the item transforms, too, where the targets are places"
+        kind = next((o for o in self.target_types if hasattr(o, 'landmarks')), None)
+        return None if kind is None else kind.landmarks(values, self.item_tfms.fs)
+
     def sample(self,
         item: Any, # of the kind of the source, or what the first block opens
     ) -> tuple:    # one value an input
         "One item, opened and transformed"
-        fields = self.inputs if kind_of(item) == self.item_kind else self._without_getters
-        try: return self._transformed(tuple([field(item) for field in fields]))
+        try:
+            values = self.opened(item)
+            marks = self.landmarks(values)
+            if marks is None: return self.item_tfms(values)
+            *made, marks = self.item_tfms((*values, marks))
         except Exception as error: raise data_error(f'the item {describe_value(item)}', error) from error
+        return self.traced(made, values, marks)
 
-    def _transformed(self, values: tuple) -> tuple:
-        "The item transforms; where the targets are places, landmarks of what was opened go through them, too"
-        kind = next((o for o in self.target_types if hasattr(o, 'landmarks')), None)
-        marks = kind.landmarks(values, self.item_tfms.fs) if kind is not None else None
-        if marks is None: return self.item_tfms(values)
-        *made, marks = self.item_tfms((*values, marks))
+    @staticmethod
+    def traced(
+        made: Sequence[Any],  # the inputs after the item transforms
+        values: tuple,        # and before
+        marks: torch.Tensor,  # where the landmarks are after them
+    ) -> TracedSample:        # unpacks into the inputs
+        "A sample that knows where it came from"
         sample = TracedSample(made)
         sample.opened, sample.marks = values, marks
         return sample
@@ -84,12 +106,47 @@ class InferencePipeline:
         device: torch.device | str | None,    # where the model is
     ) -> tuple:                               # plain tensors
         "Samples as a batch, with the batch transforms"
-        traced = [s for s in samples if isinstance(s, TracedSample)]
-        rows = [(*s, s.marks) for s in traced] if traced else list(samples)
-        made = self.batch_tfms(with_types(to_device(collate(rows), device), types_of(rows[0])))
-        if not traced: return map_nested(plain, made)
-        for s, marks in zip(traced, made[-1]): s.marks = plain(marks).cpu()
-        return map_nested(plain, tuple(made[:-1]))
+        rows = [(*s, s.marks) if isinstance(s, TracedSample) else s for s in samples]
+        return self.finished(collate(rows), types_of(rows[0]), samples, device)
+
+    def finished(self,
+        batch: Any,                           # collated samples; the last field is that of the landmarks, if there are some
+        kinds: Any,                           # their types, as `types_of` says them
+        samples: Sequence[tuple],             # learn where their landmarks are now
+        device: torch.device | str | None,    # where the model is
+    ) -> tuple:                               # plain tensors
+        "The second half of a batch's way: to the device, through the batch transforms"
+        made = map_nested(plain, self.batch_tfms(with_types(to_device(batch, device), kinds)))
+        if not isinstance(samples[0], TracedSample): return made
+        for s, marks in zip(samples, made[-1]): s.marks = marks.cpu()
+        return made[:-1]
+
+    def of_this_thread(self) -> InferencePipeline: # itself in the main thread
+        "The same pipeline, for this thread alone: a transform keeps what it drew or measured for one sample in itself"
+        if threading.current_thread() is threading.main_thread(): return self
+        made_of = [list(o.fs) for o in (*self.inputs, self.item_tfms, self.batch_tfms)]
+        before, made = getattr(self._copies, 'made', (None, None))
+        if before is None or not _are_same(before, made_of): self._copies.made = made_of, (made := self._copied())
+        return made
+
+    def _copied(self) -> InferencePipeline:
+        inputs, item_tfms, batch_tfms = _deep_copy([[o.fs for o in self.inputs], self.item_tfms.fs, self.batch_tfms.fs])
+        return InferencePipeline(inputs, self.targets, item_tfms, batch_tfms, self.item_kind, self.target_types)
+
+    def __getstate__(self) -> dict[str, Any]: return {k: v for k, v in self.__dict__.items() if k != '_copies'}
+
+    def __setstate__(self, state: dict[str, Any]) -> None: self.__dict__.update(state, _copies=threading.local())
+
+    @property
+    def finds_places(self) -> bool: # points, boxes
+        "Are the targets places in what was opened?"
+        return any(hasattr(o, 'landmarks') for o in self.target_types)
+
+    @property
+    def opens_files(self) -> bool: # False: a string can be anything
+        "Does the first step of an input open what it is given, such as the path of a picture?"
+        first = next((o.fs[0] for o in self._without_getters if len(o)), None)
+        return isinstance(getattr(getattr(first, 'enc', None), '__self__', None), type)
 
     @property
     def vocab(self) -> Any: # `None` if there is none
@@ -137,4 +194,13 @@ class InferencePipeline:
         typed, = self.batch_tfms.decode((kind.cast(decision[None]),))
         return kind.cast(plain(typed)[0])
 
+def _are_same(a: list[list], b: list[list]) -> bool: return [list(map(id, o)) for o in a] == [list(map(id, o)) for o in b]
 
+def _deep_copy(x: Any) -> Any:
+    "A copy in all depth; of what cannot be copied so, as deep as it goes"
+    try: return copy.deepcopy(x)
+    except Exception: return [_deep_copy(o) for o in x] if type(x) is list else _shallow_copy(x)
+
+def _shallow_copy(x: Any) -> Any:
+    try: return copy.copy(x)
+    except Exception: return x

@@ -127,9 +127,10 @@ class Pipeline:
     def _build(self) -> None:
         "Group the transforms into steps, and remember what that was made of"
         self.fs[:] = sorted(map(as_transform, self.fs), key=lambda f: f.order)
-        self._built, self._settings, self._steps = list(self.fs), list(map(_SETTINGS, self.fs)), []
+        steps: list[Any] = [] # complete before another thread sees them
         for (fuse, plain), run in itertools.groupby(self.fs, key=lambda f: (type(f).fuse, _is_plain(f))):
-            self._steps += [_Run(list(run), self._later)] if plain else list(run) if fuse is None else [fuse(list(run))]
+            steps += [_Run(list(run), self._later)] if plain else list(run) if fuse is None else [fuse(list(run))]
+        self._steps, self._built, self._settings = steps, list(self.fs), list(map(_SETTINGS, self.fs))
 
     def __call__(self,
         x: Any, # a value, a sample or a batch

@@ -9,7 +9,7 @@ import itertools
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +96,11 @@ class BatchReader:
         seed_all(seed)
         if self.generators: seed_generators(self.generators, seed)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]: # for `with`
+        "A block that leaves all generators as they were"
+        with keep_random_states(), keep_generators(self.generators): yield
+
     def name(self,
         i: int, # index of a sample
     ) -> str:   # such as "item 17 (cats/17.jpg)"
@@ -115,7 +120,7 @@ class BatchReader:
         bad: list[BadItem] = []
         found = self._read_at_one_go(plan) if self._can_put_off() else None
         if found is not None: return found
-        with keep_random_states(), keep_generators(self.generators):
+        with self.kept():
             read = [(i, sample) for k, i in enumerate(plan.indices) for sample in self._tried(plan, k, bad)]
             samples = [sample for _, sample in read]
             if samples and len(self.before_batch): samples = self.before_batch(samples)
@@ -129,7 +134,7 @@ class BatchReader:
     def _read_at_one_go(self, plan: BatchPlan) -> ReadBatch | None:
         "First all samples, then all their pixels: Python runs several times faster where a decoder has not just been; `None` if something fails, which is then found out one by one"
         later = Later(len(plan.indices), self.after_item[-1])
-        with keep_random_states(), keep_generators(self.generators):
+        with self.kept():
             try:
                 samples = [self._drawn(plan, k, later) for k in range(later.n)]
                 later.finish()
@@ -272,7 +277,7 @@ class StreamReader(BatchReader):
 
     def _next_batch(self, stream: Iterable, plan: BatchPlan) -> ReadBatch:
         bad: list[BadItem] = []
-        with keep_random_states(), keep_generators(self.generators):
+        with self.kept():
             samples = list(self._samples(stream, plan, bad))
             tried, kept = len(samples), [o for o in samples if o is not bad]
             if kept and len(self.before_batch): kept = self.before_batch(kept)

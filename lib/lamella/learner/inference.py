@@ -4,21 +4,25 @@
 
 # %% ../../../nbs/40_learner/00_inference.ipynb #7236d162
 from __future__ import annotations
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..base.limits import as_numbers
-from ..base.nested import map_nested, to_detach
+from ..base.nested import find_bs, map_nested, to_detach, to_device
 from ..data.inference import InferencePipeline
+from ..data.loader import DataLoader
+from ..data.new_items import read_items, samples_of
+from ..data.several import is_table, several
+from ..data.showing import with_types
 from ..nets.body import evaluating
 
 from .predictions import Prediction, Predictions
 
 # %% auto #0
-__all__ = ['activated', 'decided', 'Inference']
+__all__ = ['activated', 'decided', 'Inference', 'ordered', 'inputs_of']
 
 # %% ../../../nbs/40_learner/00_inference.ipynb #0c3b010f
 def activated(
@@ -65,44 +69,83 @@ class Inference:
         return self.pipeline.task or _TASK_OF_LOSS.get(type(self.output).__name__)
 
     def predict(self,
-        item: Any, # of the kind of the source, or what the first block opens
-    ) -> Prediction: # one prediction
+        item: Any,                     # what is predicted, see the table
+        bs: int = 64,                  # items a batch, if there are many
+        num_workers: int | None = None, # processes that read many items; found out if not given
+        on_error: str = 'raise',       # one of many that cannot be read: 'raise', or 'skip' it
+    ) -> Any:                          # a `Prediction`, or `Predictions` of many
+        "Predict one item or many"
+        if isinstance(item, (DataLoader, torch.utils.data.DataLoader)): return self.predict_loader(item)
+        items = several(item, self.pipeline.item_kind, self.pipeline.opens_files)
+        return self.predict_item(item) if items is None else self.predict_items(items, bs, num_workers, on_error)
+
+    def predict_item(self,
+        item: Any,       # of the kind of the source, or what the first block opens
+    ) -> Prediction:     # one prediction
         "Predict one item"
-        return self._of_samples([self.pipeline.sample(item)])[0]
+        return self.with_input(item)[1]
+
+    def with_input(self,
+        item: Any, # of the kind of the source, or what the first block opens
+    ) -> tuple[tuple, Prediction]: # the inputs after the item transforms, and what is predicted of them
+        "Predict one item, and give what the model got of it"
+        pipeline = self.pipeline.of_this_thread()
+        sample = pipeline.sample(item)
+        return sample, self._predicted(pipeline.batch([_trimmed(sample)], self.device), [sample])[0]
 
     def predict_items(self,
-        items: Iterable[Any], # several items
-        bs: int = 64,         # how many at once
-    ) -> Predictions:         # one for each, in their order
+        items: Sequence[Any],          # list, table, dataset
+        bs: int = 64,                  # items a batch
+        num_workers: int | None = None, # processes that read; found out if not given
+        on_error: str = 'raise',       # an item that cannot be read: 'raise', or 'skip' it
+    ) -> Predictions:                  # one for each, in their order
         "Predict several items, in batches"
-        items = list(items)
-        found, waiting = [], []
-        for item in items:
-            waiting.append(self.pipeline.sample(item))
-            if len(waiting) == bs: found += self._of_samples(waiting); waiting = []
-        return Predictions(found + (self._of_samples(waiting) if waiting else []), items)
+        pipeline, found, kept, bad = self.pipeline.of_this_thread(), [], [], []
+        items = items if hasattr(items, '__len__') else list(items)
+        for opened in read_items(items, pipeline, bs, num_workers, on_error, _trimmed, self._pins()):
+            bad += opened.bad
+            if opened.batch is None: continue
+            samples = samples_of(opened, items, pipeline)
+            found += self._predicted(pipeline.finished(opened.batch, opened.kinds, samples, self.device), samples)
+            kept += opened.indices
+        names = _rows_of(items) if is_table(items) else items
+        return Predictions(found, [names[i] for i in kept] if bad else names, bad)
 
     def sample(self,
         item: Any, # of the kind of the source, or what the first block opens
     ) -> tuple:    # one value an input
-        "The first half of `predict`: one item, opened and transformed; several threads may do that"
-        return self.pipeline.sample(item)
+        "The first half of `predict_item`: one item, opened and transformed; several threads may do that"
+        return self.pipeline.of_this_thread().sample(item)
 
     def predict_samples(self,
         samples: list[tuple], # from `sample`
     ) -> list[Prediction]:    # one for each, in their order
-        "The second half of `predict`: one call of the model for several samples"
-        return self._of_samples(samples)
+        "The second half of `predict_item`: one call of the model for several samples"
+        return self._predicted(self.pipeline.of_this_thread().batch([_trimmed(o) for o in samples], self.device), samples)
 
-    def _of_samples(self, samples: list[tuple]) -> list[Prediction]:
-        probs = to_detach(activated(self.output, self._outputs(samples)))
+    def predict_loader(self,
+        dl: Any,          # of lamella or of PyTorch: gives batches that the model takes
+    ) -> Predictions:     # one for each sample, in the order of its dataset if it is lamella's
+        "Predict what a loader gives"
+        items, n = getattr(getattr(dl, 'dataset', None), 'items', None), len(self.pipeline.inputs)
+        if items is not None and self.pipeline.finds_places: return self.predict_items(items, dl.bs, dl.num_workers)
+        found = []
+        for batch in ordered(dl):
+            inputs = to_device(inputs_of(batch, n), self.device)
+            typed = with_types(inputs, (getattr(dl, 'output_types', None) or ())[:n])
+            found += self._predicted(inputs, [tuple([_element(o, k) for o in typed]) for k in range(find_bs(inputs))])
+        return Predictions(found, items if items is not None and len(items) == len(found) else None)
+
+    def _predicted(self, inputs: tuple, samples: Sequence[tuple]) -> list[Prediction]:
+        "What the model says of a batch; the samples tell how to put it in terms of what was opened"
+        probs = to_detach(activated(self.output, self.outputs(inputs)))
         decisions = decided(self.output, probs)
         several = len(self.pipeline.targets) > 1 and not isinstance(decisions, torch.Tensor)
-        parts = [[map_nested(lambda o: None if o is None else o[i], found) for found in (decisions, probs)] for i in range(len(samples))]
         classes = None if getattr(self.output, 'takes_all', False) else tuple(self.pipeline.vocabs) if several else self.pipeline.vocab
         task = tuple(self.pipeline.tasks) if isinstance(classes, tuple) else self.task
-        found = [Prediction.make(self._label(d, s), d, p, classes, task) for (d, p), s in zip(parts, samples)]
-        for o in found: o.thresholds = None if several else self._thresholds(classes)
+        found = [Prediction.make(self._label(d, s), d, p, classes, task) for d, p, s in zip(_each(decisions, len(samples)), _each(probs, len(samples)), samples)]
+        thresholds = None if several else self._thresholds(classes)
+        for o in found if thresholds is not None else (): o.thresholds = thresholds
         return found
 
     def _label(self, decision: Any, sample: tuple) -> Any:
@@ -120,15 +163,44 @@ class Inference:
         limits = as_numbers(thresh)
         return dict(zip(classes, limits if isinstance(limits, list) else [limits] * len(classes)))
 
-    def _outputs(self, samples: list[tuple]) -> Any:
-        "What the model returns; items that are dictionaries go to the parameters of their names, without the targets"
-        if len(samples[0]) == 1 and isinstance(samples[0][0], dict): return self._named_outputs(samples)
-        inputs = self.pipeline.batch(samples, self.device)
-        with evaluating(self.model): return self.model(*inputs)
+    def outputs(self,
+        inputs: tuple, # of a batch, on the device; what is a dictionary goes to the parameters of its names
+    ) -> Any:          # what the model returns
+        "Call the model, in evaluation mode and without gradients"
+        with evaluating(self.model):
+            if len(inputs) != 1 or not isinstance(inputs[0], dict): return self.model(*inputs)
+            from lamella.loop.named import call_named, main_output # an exported predictor of pictures needs nothing of the loop
+            return main_output(call_named(self.model, *inputs), self.output)
 
-    def _named_outputs(self, samples: list[tuple]) -> Any:
-        from lamella.loop.named import call_named, main_output, split_named # an exported predictor of pictures needs nothing of the loop
-        inputs = self.pipeline.batch([split_named(o[0])[0] for o in samples], self.device)
-        with evaluating(self.model): return main_output(call_named(self.model, *inputs), self.output)
+    def _pins(self) -> bool: return self.device is not None and torch.device(self.device).type == 'cuda'
 
+def _each(x: Any, n: int) -> list[Any]:
+    "What a batch says of each of its samples"
+    return list(x.unbind(0)) if isinstance(x, torch.Tensor) and n > 1 else [map_nested(lambda o: None if o is None else o[i], x) for i in range(n)]
 
+def _element(field: Any, k: int) -> Any: return map_nested(lambda o: o[k].as_subclass(type(o)) if isinstance(o, torch.Tensor) else o[k], field)
+
+def _trimmed(sample: tuple) -> tuple:
+    "Without the targets, where names say what they are"
+    if len(sample) != 1 or not isinstance(sample[0], dict): return sample
+    from lamella.loop.named import split_named
+    return split_named(sample[0])[0]
+
+def _rows_of(table: Any) -> list[Any]:
+    "What the rows of a table are called"
+    return table.index.tolist() if hasattr(table, 'iloc') else list(range(len(table)))
+
+def ordered(
+    dl: Any,  # a loader
+) -> Any:     # each sample of its dataset once, in order, if it is lamella's; an item that cannot be read is an error
+    "A loader as predictions need it"
+    if not isinstance(dl, DataLoader): return dl
+    return dl.in_order(**({'on_error': 'raise'} if dl.on_error != 'raise' else {}))
+
+def inputs_of(
+    batch: Any, # as a loader gives it
+    n: int,     # how many inputs the model has
+) -> tuple:     # the inputs
+    "The inputs of a batch, whatever comes after them"
+    if isinstance(batch, dict): return _trimmed((batch,))
+    return tuple(batch[:n]) if isinstance(batch, (list, tuple)) else (batch,)

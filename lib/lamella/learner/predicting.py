@@ -23,7 +23,7 @@ from ..data.loader import DataLoader
 from ..data.pipeline import DataError
 from ..data.showing import OF_GRID
 from .comparing import Comparison
-from .inference import Inference, Prediction, activated, decided
+from .inference import Inference, activated, decided
 from ..loop.recorder import Recorder
 from ..losses import output_of_loss
 from ..nets.body import evaluating
@@ -123,15 +123,18 @@ class Predicting(Fitting):
 
     @checked_keywords
     def predict(self,
-        item: Any,                # one item, or a list of them: of the kind of the source, or what the first block opens
-        with_input: bool = False, # the transformed input first
-    ) -> Any:                     # (label, decision, probabilities), a list of such for a list
+        item: Any,                     # one item or many, see `Inference`
+        with_input: bool = False,      # of one item: the transformed input first
+        bs: int = 64,                  # items a batch, if there are many
+        num_workers: int | None = None, # processes that read many items; found out if not given
+        on_error: str = 'raise',       # one of many that cannot be read: 'raise', or 'skip' it
+    ) -> Any:                          # (label, decision, probabilities), `Predictions` of many
         "Predict new items"
         self.model.to(self.dls.device)
         inference = self.inference()
-        if isinstance(item, (list, L)): return inference.predict_items(item)
-        found = inference.predict(item)
-        return (inference.pipeline.sample(item)[0], *found) if with_input else found
+        if not with_input: return inference.predict(item, bs, num_workers, on_error)
+        sample, found = inference.with_input(item)
+        return (sample[0], *found)
 
     # ---- looking
 

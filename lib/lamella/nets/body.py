@@ -5,6 +5,7 @@
 # %% ../../../nbs/11_nets/03_body.ipynb #ff245794
 from __future__ import annotations
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,6 @@ from torch import nn
 from .groups import children_groups
 from .layers import AdaptiveConcatPool2d, LinBnDrop, SigmoidRange, apply_init
 from .modules import Flatten
-
 
 # %% auto #0
 __all__ = ['has_pool_type', 'cut_model', 'create_body', 'in_channels', 'evaluating', 'num_features_model', 'adapt_channels',
@@ -63,12 +63,30 @@ def evaluating(
     m: nn.Module, # a model
 ) -> Iterator[nn.Module]: # the same
     "A block in which `m` only predicts: evaluation mode, no gradients; its modes are put back afterwards"
-    modes = [(layer, layer.training) for layer in m.modules()]
-    m.eval()
+    layers = _hold(m)
     try:
         with torch.no_grad(): yield m
-    finally:
-        for layer, mode in modes: layer.training = mode
+    finally: _release(layers)
+
+_held: dict[nn.Module, int] = {} # layers that were in training mode, and how many blocks need them in evaluation mode
+_holding = threading.Lock()
+
+def _hold(m: nn.Module) -> list[nn.Module]:
+    "Several threads may predict with one model: the first one changes its mode"
+    with _holding:
+        layers = [o for o in m.modules() if o.training or o in _held]
+        if any(o.training for o in layers): m.eval()
+        for o in layers: _held[o] = _held.get(o, 0) + 1
+    return layers
+
+def _release(layers: list[nn.Module]) -> None:
+    "The last one puts it back"
+    with _holding:
+        for o in layers:
+            _held[o] -= 1
+            if _held[o]: continue
+            del _held[o]
+            o.training = True
 
 def num_features_model(
     m: nn.Module,             # a body
