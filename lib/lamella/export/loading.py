@@ -5,8 +5,8 @@
 # %% ../../../nbs/51_export/01_loading.ipynb #6168f3b6
 from __future__ import annotations
 import json
+import math
 import os
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
     "A predictor from what the file says"
     objects, data = _objects(members, trust), members['weights.safetensors']
     if not trust: _refuse_openers([spec['model'], spec['output']])
-    with nullcontext() if trust else _Budget(2 * len(data) + _FREE): model = _build_model(spec['model'], objects)
+    with _Building(None if trust else 2 * len(data) + _FREE): model = _build_model(spec['model'], objects)
     if not trust: _check_paths(model)
     _load_weights(model, data)
     if spec.get('channels_last') is True: model.to(memory_format=torch.channels_last)
@@ -97,17 +97,24 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
 _FREE, _PATHS = 2 ** 28, 100_000 # numbers that a network may have in layers that are cut off again; layers, each as often as it is used
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace, torch.Tensor.clone, torch.Tensor.repeat}
 
-class _Budget(TorchFunctionMode):
-    "While a model is built: it cannot have many more numbers than the file has weights for, whatever the file says"
-    def __init__(self, numbers: int):
+_DRAWS = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
+
+class _Building(TorchFunctionMode):
+    "While a model is built: it cannot have many more numbers than the file has weights for, and its weights are not drawn, since they come from the file"
+    def __init__(self, numbers: int | None):
         super().__init__()
-        self.left = numbers
+        self.left = math.inf if numbers is None else numbers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS and isinstance(drawn := args[0] if args else kwargs['tensor'], nn.Parameter): return _zeros(drawn)
         made = func(*args, **(kwargs or {}))
         if func in _MAKERS and isinstance(made, torch.Tensor) and not made.is_meta: self.left -= made.numel()
         if self.left < 0: raise ValueError('the file describes a model that is far larger than the weights in it')
         return made
+
+def _zeros(weight: nn.Parameter) -> nn.Parameter:
+    with torch.no_grad(): weight.zero_()
+    return weight
 
 def _refuse_openers(spec: Any) -> None:
     "`create` of images opens files: it belongs to the steps from an item to its tensors, not into a model or a loss"
