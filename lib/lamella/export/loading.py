@@ -99,7 +99,7 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
     predictor.spec = spec
     return predictor
 
-_FREE, _PATHS = 2 ** 28, 100_000 # numbers that a network may have in layers that are cut off again; layers, each as often as it is used
+_FREE, _PATHS = 2 ** 27, 100_000 # numbers that a network may have in layers that are cut off again; layers, each as often as it is used
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace, torch.Tensor.clone, torch.Tensor.repeat}
 
 _DRAWS = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
