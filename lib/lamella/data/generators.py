@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..base.seeds import derive_seed
+from ..base.seeds import derive_seed, keep_random_states
 
 # %% auto #0
-__all__ = ['find_generators', 'seed_generators', 'keep_generators']
+__all__ = ['find_generators', 'seed_generators', 'keep_generators', 'keep_all']
 
 # %% ../../../nbs/10_data/09_generators.ipynb #12120892
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
@@ -116,3 +116,10 @@ def keep_generators(
     try: yield
     finally:
         for g, state in zip(generators, states): _set_state(g, state)
+
+@contextmanager
+def keep_all(
+    generators: list[Any], # from `find_generators`
+) -> Iterator[None]:
+    "The same for these and for those of Python, NumPy and torch"
+    with keep_random_states(), keep_generators(generators): yield

@@ -121,6 +121,14 @@ class InferencePipeline:
         for s, marks in zip(samples, made[-1]): s.marks = marks.cpu()
         return made[:-1]
 
+    def without_first(self,
+        steps: int | Sequence[int], # how many transforms of an input; one number for all inputs, or one for each
+    ) -> InferencePipeline:         # for items that have these steps behind them
+        "The same pipeline without the first steps: getters count, too"
+        several = [steps] * len(self.inputs) if isinstance(steps, int) else list(steps)
+        if isinstance(steps, bool) or len(several) != len(self.inputs): raise TypeError(f'rm_type_tfms is a number of transforms, or one for each of the {len(self.inputs)} inputs, not {steps!r}')
+        return InferencePipeline([o.fs[n:] for o, n in zip(self.inputs, several)], self.targets, self.item_tfms, self.batch_tfms, None, self.target_types)
+
     def of_this_thread(self) -> InferencePipeline: # itself in the main thread
         "The same pipeline, for this thread alone: a transform keeps what it drew or measured for one sample in itself"
         if threading.current_thread() is threading.main_thread(): return self

@@ -105,8 +105,6 @@ class _Reader(BatchReader):
 
     def seed(self, plan: BatchPlan, *parts: Any) -> None: "Nothing is drawn"
 
-    def kept(self) -> Any: return nullcontext()
-
     def collated(self, samples: list, indices: Sequence[int], later: Any = None) -> Any:
         if self.trim is not None: samples = [self.trim(o) for o in samples]
         return super().collated(samples, indices, later), types_of(samples[0])
@@ -124,7 +122,7 @@ def read_items(
     if bs < 1: raise ValueError(f'a batch of bs={bs} items')
     if on_error not in ('raise', 'skip'): raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
     reader = _Reader(NewItems(items, pipeline, with_marks=True), pipeline.item_tfms, Pipeline(), collate, on_error)
-    reader.trim, n = trim, len(items)
+    reader.trim, reader.keep, n = trim, nullcontext, len(items)
     plans = [BatchPlan(0, 0, k, list(range(first, min(first + bs, n)))) for k, first in enumerate(range(0, n, bs))]
     workers = workers_that_pay(reader, n, bs) if num_workers is None else num_workers
     return _opened(Workers(workers).read(reader, plans, pin and workers > 0), plans)

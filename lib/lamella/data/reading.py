@@ -9,7 +9,7 @@ import itertools
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from ..base.nested import leaves, map_nested
 from ..base.seeds import derive_seed, keep_random_states, seed_all
 from .failures import BadItem, bad_item, is_fault_of_item, nothing_left
-from .generators import find_generators, keep_generators, seed_generators
+from .generators import find_generators, keep_all, seed_generators
 from .later import Later, rows_of
 from .order import BatchPlan
 from .pipeline import DataError, Pipeline, data_error, describe_value
@@ -64,7 +64,7 @@ class BatchReader:
         on_error: str = 'raise',       # what to do with samples that cannot be read: 'raise', 'skip' or 'replace'
     ):
         self.dataset, self.after_item, self.before_batch, self.collate, self.on_error = dataset, after_item, before_batch, collate, on_error
-        self.one_by_one = False # has a batch shown that nothing can be put off?
+        self.one_by_one, self.keep = False, keep_all # has a batch shown that nothing can be put off?; what leaves random generators as they were
 
     @functools.cached_property
     def generators(self) -> list[Any]: # of this process
@@ -96,11 +96,6 @@ class BatchReader:
         seed_all(seed)
         if self.generators: seed_generators(self.generators, seed)
 
-    @contextmanager
-    def kept(self) -> Iterator[None]: # for `with`
-        "A block that leaves all generators as they were"
-        with keep_random_states(), keep_generators(self.generators): yield
-
     def name(self,
         i: int, # index of a sample
     ) -> str:   # such as "item 17 (cats/17.jpg)"
@@ -120,7 +115,7 @@ class BatchReader:
         bad: list[BadItem] = []
         found = self._read_at_one_go(plan) if self._can_put_off() else None
         if found is not None: return found
-        with self.kept():
+        with self.keep(self.generators):
             read = [(i, sample) for k, i in enumerate(plan.indices) for sample in self._tried(plan, k, bad)]
             samples = [sample for _, sample in read]
             if samples and len(self.before_batch): samples = self.before_batch(samples)
@@ -134,7 +129,7 @@ class BatchReader:
     def _read_at_one_go(self, plan: BatchPlan) -> ReadBatch | None:
         "First all samples, then all their pixels: Python runs several times faster where a decoder has not just been; `None` if something fails, which is then found out one by one"
         later = Later(len(plan.indices), self.after_item[-1])
-        with self.kept():
+        with self.keep(self.generators):
             try:
                 samples = [self._drawn(plan, k, later) for k in range(later.n)]
                 later.finish()
@@ -277,7 +272,7 @@ class StreamReader(BatchReader):
 
     def _next_batch(self, stream: Iterable, plan: BatchPlan) -> ReadBatch:
         bad: list[BadItem] = []
-        with self.kept():
+        with self.keep(self.generators):
             samples = list(self._samples(stream, plan, bad))
             tried, kept = len(samples), [o for o in samples if o is not bad]
             if kept and len(self.before_batch): kept = self.before_batch(kept)

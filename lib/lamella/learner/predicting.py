@@ -124,6 +124,7 @@ class Predicting(Fitting):
     @checked_keywords
     def predict(self,
         item: Any,                     # one item or many, see `Inference`
+        rm_type_tfms: Any = None,      # how many of the first transforms of the inputs the item has behind it: a number, or one for each input
         with_input: bool = False,      # of one item: the transformed input first
         bs: int = 64,                  # items a batch, if there are many
         num_workers: int | None = None, # processes that read many items; found out if not given
@@ -132,6 +133,7 @@ class Predicting(Fitting):
         "Predict new items"
         self.model.to(self.dls.device)
         inference = self.inference()
+        if rm_type_tfms is not None: inference.pipeline = inference.pipeline.without_first(rm_type_tfms)
         if not with_input: return inference.predict(item, bs, num_workers, on_error)
         sample, found = inference.with_input(item)
         return (sample[0], *found)
