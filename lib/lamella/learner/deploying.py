@@ -106,7 +106,7 @@ class Deploying:
         return write_torchscript(deployment, target, atol) if is_main_process() else target
 
     def quantized(self) -> Any: # predicts as this one, on the CPU: a `Predictor` of a predictor, an `Inference` of a learner
-        "The same with linear layers of 8 bits (package torchao): for transformers on a CPU"
+        "The same with linear layers of 8 bits (package torchao): transformers in a quarter of the memory, on a CPU, and not faster"
         from lamella.learner.quantizing import quantized_model
         made = copy.copy(self._to_deploy())
         made.model, made.device = quantized_model(made.model), torch.device('cpu')

@@ -5,12 +5,13 @@
 # %% ../../../nbs/40_learner/31_deployment.ipynb #3515c695
 from __future__ import annotations
 import copy
+import io
 import json
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -213,7 +214,7 @@ def quiet() -> Iterator[None]:
     levels = [o.level for o in loggers]
     for o in loggers: o.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()): # whole graphs are printed, too
             warnings.simplefilter('ignore')
             yield
     finally:
