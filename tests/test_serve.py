@@ -405,7 +405,7 @@ def test_slow_senders():
     with serving(slow, timeout=1.) as url:
         lines = [raw(url, head(10 ** 4) + bytes(100)) for _ in range(20)]
         for _ in range(5): assert post(url, ('a', picture())).status_code == 200
-        assert all(b'408 Request Timeout' in line.recv(9999) for line in lines)
+        assert all(b'408 Request Timeout' in b''.join(iter(lambda: line.recv(9999), b'')) for line in lines), 'and the line is closed'
 
 
 def test_too_much_at_once():
@@ -560,7 +560,7 @@ same([out[3], out[7], [...out.slice(4, 7)], seen], [0, 140, color(3), [0, 3]]);
 same(new Set(Array.from({ length: 40 }, (_, i) => css(color(i)))).size, 40);
 same(groups([{ size: 5 }, { size: 5 }, { size: 1 }], { max_files: 8, max_bytes: 10 }).map(o => o.length), [1, 2]);
 same(groups(Array(9).fill({ size: 0 }), { max_files: 64, max_bytes: 10 }).map(o => o.length), [8, 1]);
-same(about({ task: 'classification', classes: ['a'], metrics: { accuracy: 0.98765 }, architecture: 'resnet18' }), 'classification · resnet18 · 1 classes · accuracy 0.9877');
+same(about({ task: 'classification', classes: ['a'], metrics: { accuracy: 0.98765 }, architecture: 'resnet18' }), 'classification · resnet18 · 1 class · accuracy 0.9877');
 '''
 
 
@@ -570,3 +570,54 @@ def test_script_of_the_page(tmp_path):
     (tmp_path/'page.js').write_text(script() + CHECKS, encoding='utf-8')
     done = subprocess.run(['node', 'page.js'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+BROWSER = """
+// As much of a browser as the page needs: what is drawn and what goes wrong is written down.
+const drawn = [], wrong = [];
+const context = new Proxy({}, { get: (o, name) => name in o ? o[name] : (...args) => { drawn.push(name); return name === 'measureText' ? { width: 9 } : name === 'getImageData' ? { data: new Uint8ClampedArray(4 * args[2] * args[3]) } : undefined; } });
+class Element {
+  constructor(name) { Object.assign(this, { name, children: [], style: {}, own: '', listeners: {}, classList: { toggle() {} } }); }
+  get textContent() { return this.own + this.children.map(o => o.textContent).join(' '); }
+  set textContent(text) { this.own = text; this.children = []; }
+  append(...made) { this.children.push(...made); }
+  prepend(...made) { this.children.unshift(...made); }
+  insertBefore(made, place) { this.children.splice(this.children.indexOf(place), 0, made); }
+  querySelector(name) { return this.children.find(o => o.name === name); }
+  setAttribute() {}
+  getContext() { return context; }
+  addEventListener(name, listener) { this.listeners[name] = listener; }
+}
+const elements = {}, listeners = {};
+globalThis.document = { createElement: name => new Element(name), getElementById: id => elements[id] ??= new Element(id) };
+globalThis.addEventListener = (name, listener) => { listeners[name] = listener; };
+globalThis.createImageBitmap = async o => { if (o.name === 'no.txt') throw new Error('no picture'); return { width: 60, height: 48 }; };
+console.error = error => wrong.push(String(error));
+const ANSWERS = { 'a.jpg': { label: '<b>dog</b>', probability: 0.5, probabilities: { '<b>dog</b>': 0.5, cat: 0.5 } }, 'b.jpg': { boxes: [{ label: 'car', score: 0.9, box: [1, 2, 30, 40] }] },
+  'c.jpg': { points: [[1, 2], [3, 4]] }, 'd.jpg': { size: [48, 60], classes: { sky: 0.75, sea: 0.25 }, mask: 'AAAA' }, 'e.jpg': { targets: [{ value: 3.5 }, { labels: ['wet'], probabilities: { wet: 0.9 } }] }, 'no.txt': { error: 'is no picture' },
+  'f.jpg': { size: [48, 48], classes: { sky: 1 }, mask: 'AAAA' } };
+globalThis.fetch = async (address, options) => ({ status: 200, blob: async () => ({}), json: async () => address === 'info' ? { task: 'any', classes: ['sea', 'sky'], limits: { max_files: 3, max_bytes: 1000 } }
+  : { predictions: options.body.getAll('file').map(o => ({ file: o.name, ...ANSWERS[o.name] })) } });
+"""
+DROP = """
+(async () => {
+  const files = Object.keys(ANSWERS).map(name => new File(['xxxx'], name));
+  while (!listeners.drop) await new Promise(done => setTimeout(done, 1));
+  listeners.drop({ preventDefault() {}, dataTransfer: { files } });
+  while (elements.status.textContent !== `${files.length} of ${files.length} predicted`) await new Promise(done => setTimeout(done, 1));
+  console.log(JSON.stringify({ wrong, drawn, said: elements.answers.children.map(o => o.textContent), about: elements.about.textContent, shown: elements.answers.children.map(o => o.children[0].children.map(o => o.name)) }));
+})();
+"""
+
+
+@pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+def test_dropped_files_are_shown(tmp_path):
+    "All tasks, in an imitation of a browser: nothing fails, and each answer is beside its picture"
+    (tmp_path/'page.js').write_text(BROWSER + script() + DROP, encoding='utf-8')
+    done = subprocess.run(['node', 'page.js'], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found['wrong'] == [] and {'strokeRect', 'fillText', 'arc', 'putImageData', 'drawImage'} <= set(found['drawn'])
+    mask_alone, error, several, mask, points, boxes, dog = found['said']
+    assert '<b>dog</b> 50.0 %' in dog and '1 box' in boxes and '1 car' in boxes and '2 points' in points and 'sky 75.0 %' in re.sub(' +', ' ', mask) and '3.5 · wet' in several and 'is no picture' in error
+    assert [o.count('canvas') for o in found['shown']] == [2, 0, 1, 1, 1, 1, 1] and found['about'] == 'any · 2 classes'

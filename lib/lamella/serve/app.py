@@ -119,6 +119,7 @@ def _response(status: int, content: Any, **headers: str) -> Any:
 
 def _refusal(error: Refused, **more: Any) -> Any:
     headers = {} if error.retry is None else {'Retry-After': str(error.retry)}
+    if error.status == 408: headers['Connection'] = 'close' # what is missing is not waited for any more
     return _response(error.status, {'detail': error.message, **more}, **headers)
 
 def _all_refused(items: list[dict[str, Any]], errors: list[Refused]) -> Any:
