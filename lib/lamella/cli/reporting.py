@@ -51,7 +51,7 @@ def describe_data(
 
 def _classes(vocab: Any) -> str:
     names = [str(o) for o in vocab or () if str(o) != '#na#']
-    return f"; {len(names)} classes: {', '.join(names[:_MOST_CLASSES])}{', ...' if len(names) > _MOST_CLASSES else ''}" if names else ''
+    return f"; {len(names)} class{'es' * (len(names) > 1)}: {', '.join(names[:_MOST_CLASSES])}{', ...' if len(names) > _MOST_CLASSES else ''}" if names else ''
 
 def _many(counts: Counter) -> str:
     (most, n_most), *_, (least, n_least) = counts.most_common()
