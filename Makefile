@@ -25,6 +25,7 @@ test: .venv/installed-dev
 
 bench: .venv/installed-bench
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/serving.py
 
 notebooks: .venv/installed-dev
 	$(BIN)/python tests/notebooks.py --save

@@ -151,8 +151,10 @@ def test_gradcam_of_a_detector_is_told_what_to_explain(detector):
 # ---- errors
 
 def test_a_folder_is_no_damaged_picture(photos):
+    "It stands for the pictures in it; as an item of a list it is a mistake"
     learn = Learner(block(photos, (ImageBlock, CategoryBlock), parent_label), Fixed(2., 1., 0.))
-    with pytest.raises(Exception) as caught: learn.predict(photos)
+    assert learn.predict(photos).items == get_image_files(photos)
+    with pytest.raises(Exception) as caught: learn.predict([photos])
     said = '\n'.join([str(caught.value), *getattr(caught.value, '__notes__', [])])
     assert 'get_image_files(' in said and 'remove it' not in said and 'damaged' not in said
 

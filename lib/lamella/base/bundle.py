@@ -67,8 +67,8 @@ def _members(path: Path, data: bytes, allowed: set[str]) -> dict[str, bytes]:
             if len(set(names)) < len(names) or any(o.compress_type != zipfile.ZIP_STORED or o.file_size > len(data) for o in infos):
                 raise BundleError(f"'{path}' is not a file that lamella exported: its members are compressed or twice in it")
             return {o.filename: _content(archive, o, data) for o in infos}
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, OverflowError) as error:
-        raise BundleError(f"'{path}' is damaged: {error}") from error
+    except BundleError: raise
+    except Exception as error: raise BundleError(f"'{path}' is damaged: {' '.join(str(error).split())[:200]}") from error # a list of members that lies makes zipfile raise all sorts of things
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, data: bytes) -> bytes:
     "What is stored as one member, copied once: the bytes were checked with all the others"

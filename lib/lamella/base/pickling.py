@@ -102,7 +102,7 @@ class _CarefulUnpickler(_Tensors, pickle._Unpickler): # the one written in Pytho
 
     dispatch.update({pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _setitem})
     for _step in b''.join([pickle.SETITEMS, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET]): dispatch[_step] = functools.partial(_of_many, step=_step)
-    dispatch.update(dict.fromkeys(b''.join([pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST, pickle.EXT1, pickle.EXT2, pickle.EXT4]), _never))
+    dispatch.update(dict.fromkeys(b''.join([pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER]), _never))
 
 def _name(obj: Any) -> str:
     "What to call something that may not even be complete enough to show itself"
@@ -118,7 +118,8 @@ def _check_keys(keys: Iterable[Any]) -> None:
         if not all(type(o) in _PLAIN for o in (key if type(key) is tuple else [key])): raise pickle.UnpicklingError(f'the file has {_short(key)} as a key or in a set, where names, numbers and tuples of them belong')
 
 def _check_members(kind: Any, args: Any) -> None:
-    "The same for what a set or a dictionary is made of"
+    "The same for what a set or a dictionary is made of; a number of bytes is not filled"
+    if kind is bytearray and args and not isinstance(args[0], (bytes, str)): raise pickle.UnpicklingError(f'the file makes a bytearray of {_short(args[0])}')
     if not any(kind is o for o in (set, frozenset, collections.OrderedDict)) or not args: return
     if not all(type(o) in (list, tuple) for o in [args, *args]): raise pickle.UnpicklingError(f'the file makes a {kind.__name__} of something else than lists')
     for members in args: _check_keys([o[0] if type(o) in (list, tuple) and o else o for o in members] if kind is collections.OrderedDict else members)
@@ -147,7 +148,8 @@ def _is_layer(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, nn.Module) and (kind.__module__.startswith('torch.nn.modules.') or kind in _LAYERS)
 
 def _refuse(what: str) -> Any:
-    raise UntrustedError(f"the file names {what}, which would run code that is not lamella's; load_learner(..., trust=True) does it, if you trust where the file comes from")
+    raise UntrustedError(f"the file names {what}, which would run code that is not lamella's; load_learner(..., trust=True) does it, if you trust where the file comes from. "
+                         'Your own classes need no trust with @register_layer above a layer (@register above a transform, which is then exported again), at the top level of a module that is imported before')
 
 def _known(module: str, name: str) -> Any:
     "The class, if it is on the list: plain containers, the layers of torch.nn, and registered ones"

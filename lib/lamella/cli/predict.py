@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import click
 
-from .messages import as_cell, as_table, one_line
+from .messages import as_cell, as_table
 from .options import Argument, Command, Option
 
 # %% auto #0
@@ -130,14 +130,9 @@ def predict_files(
             bar.update(len(piece))
 
 def _piece(predictor: Any, files: list[str], on_error: str, kwargs: dict[str, Any]) -> Found:
-    try: found = [o.to_dict() for o in predictor.predict(files, **kwargs)]
-    except Exception as error:
-        if on_error == 'raise': raise
-        if len(files) == 1: return click.echo(f'Skipped {files[0]}: {one_line(error)}', err=True)
-        half = len(files) // 2 # only the bad ones are predicted alone
-        yield from _piece(predictor, files[:half], on_error, kwargs)
-        yield from _piece(predictor, files[half:], on_error, kwargs)
-    else: yield from zip(files, found)
+    found = predictor.predict(files, on_error=on_error, **kwargs)
+    for bad in found.failures: click.echo(f"Skipped {bad.file}: {' '.join(bad.reason.split())}", err=True)
+    return zip(map(str, found.items), [o.to_dict() for o in found])
 
 MODEL = Argument(['model'], about="The file that 'lamella train' or learn.export() wrote.", type=click.Path(exists=True, dir_okay=False))
 DEVICE = Option(['--device'], default='cpu', group='Computing', help="Where to compute: 'cpu', 'cuda', 'cuda:1', 'mps'.")

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/81_cli/06_training.ipynb #a3a729ff
 from __future__ import annotations
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,8 @@ def make_learner(
     o: SimpleNamespace, # values of the options
 ) -> Any:               # a learner that keeps its files beside the model
     "The learner of a task, in the precision that was asked for"
+    if o.pretrained and not o.weights: click.echo(f'Loading the pretrained weights of {o.arch}; the first time, they are downloaded')
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR) # it would tell of each new attempt
     try: learn = function_at(task.learner)(dls, o)
     except ConnectionError as error:
         raise ConnectionError(f'the pretrained weights of {o.arch} cannot be downloaded: --weights FILE takes them from a file, --no-pretrained begins without them') from error

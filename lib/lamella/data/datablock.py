@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..base.nested import as_list
-from ..base.registry import checked_keywords
+from ..base.registry import checked_keywords, is_registered, register
 from .blocks import TransformBlock
 from .datasets import Datasets, get_item
 from .labels import function_name
@@ -190,6 +190,7 @@ def _kind(f: Transform) -> Any:
     if isinstance(f, ThirdParty): return tuple(type(o) for o in f.parts)
     return None if f.enc is not None or f.dec is not None else type(f)
 
+@register
 class _Getter(Transform):
     "`get_x` or `get_y`: from the item of the source to what a block opens"
     is_getter, whole = True, True
@@ -200,6 +201,11 @@ class _Getter(Transform):
     def name(self) -> str: return function_name(self.func)
 
     def encodes(self, o: object) -> Any: return self.func(o)
+
+    @property
+    def has_name(self) -> bool: # so that an exported file can say what it is: a `ColReader` can, a function of one's own cannot
+        "Is what it calls registered?"
+        return is_registered(type(self.func)) or is_registered(self.func)
 
     def spec_args(self) -> dict[str, Any]: return {'func': self.func}
 

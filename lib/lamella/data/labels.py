@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..base.nested import as_list
+from ..base.registry import register
 
 # %% auto #0
 __all__ = ['parent_label', 'folder_name', 'RegexLabeller', 'using_attr', 'is_missing', 'ColReader', 'ItemGetter', 'AttrGetter',
@@ -77,6 +78,7 @@ def is_missing(
     try: return value is None or bool(value != value)
     except (TypeError, ValueError): return type(value).__name__ == 'NAType'
 
+@register
 class ColReader:
     "Read one or several columns of a row, with a prefix, a suffix or a delimiter"
     def __init__(self,
@@ -97,6 +99,11 @@ class ColReader:
         values = [self._column(row, o) for o in self.cols]
         return values[0] if len(values) == 1 else values
 
+    def spec_args(self) -> dict[str, Any]: # arguments that make the same reader again
+        "What an exported file has to say of it, so that it predicts rows of a table"
+        return {'cols': list(self.cols), 'pref': self.pref, 'suff': str(self.suff), 'label_delim': self.label_delim}
+
+@register
 class ItemGetter:
     "Take element `i` of an item"
     def __init__(self,
@@ -104,6 +111,10 @@ class ItemGetter:
     ): self.i = i
 
     def __call__(self, o: Any) -> Any: return o[self.i]
+
+    def spec_args(self) -> dict[str, Any]: # arguments that make the same getter again
+        "What an exported file has to say of it"
+        return {'i': self.i}
 
 class AttrGetter:
     "Take an attribute of an item"

@@ -55,16 +55,19 @@ def read_spec(
     return _read_spec(Path(fname), read_bundle(fname, EXPORT_MEMBERS))
 
 def _read_spec(path: Path, members: dict[str, bytes]) -> dict[str, Any]:
-    def _refuse(text: str) -> None: raise ValueError(f'{text} is no number of JSON')
-    try: spec = json.loads(members['spec.json'], parse_constant=_refuse)
+    try: spec = json.loads(members['spec.json'], parse_constant=_finite, parse_float=_finite)
     except (KeyError, ValueError, RecursionError) as error: raise BundleError(f"'{path}' has no readable spec.json: {error}") from error
     if not isinstance(spec, dict) or spec.get('format') != 'lamella': raise BundleError(f"'{path}' is not a file that lamella exported")
-    if not isinstance(spec.get('version'), int): raise BundleError(f"'{path}' does not say which version of the format it has")
+    if type(spec.get('version')) is not int or spec['version'] < 1: raise BundleError(f"'{path}' does not say which version of the format it has")
     if spec['version'] > FORMAT_VERSION:
         raise BundleError(f"'{path}' was exported by a newer lamella (format {spec['version']}, this one reads up to {FORMAT_VERSION}): pip install --upgrade lamella")
     wrong = next((name for name, fits in _PLAIN.items() if not fits(spec.get(name))), None)
     if wrong is not None: raise BundleError(f"'{path}' says of its {wrong} what cannot be: {repr(spec[wrong])[:100]}")
     return spec
+
+def _finite(text: str) -> float:
+    if math.isfinite(number := float(text)): return number
+    raise ValueError(f'{text} is no number of JSON')
 
 def _is_text(o: Any) -> bool: return o is None or isinstance(o, str) and len(o) <= 1000
 def _is_number(o: Any) -> bool: return o is None or type(o) in (int, float) and abs(o) < 1e300
@@ -77,7 +80,9 @@ def _is_input(o: Any) -> bool:
 
 def _is_numbers(o: Any) -> bool: return o is None or isinstance(o, dict) and len(o) <= 1000 and all(_is_text(k) and _is_number(v) for k, v in o.items())
 
-_PLAIN = {'task': _is_text, 'architecture': _is_text, 'input': _is_input, 'metrics': _is_numbers} # what people and programs read of a file without building its model
+def _are_texts(o: Any) -> bool: return o is None or isinstance(o, dict) and len(o) <= 1000 and all(map(_is_text, [*o, *o.values()]))
+
+_PLAIN = {'libraries': _are_texts, 'task': _is_text, 'architecture': _is_text, 'input': _is_input, 'metrics': _is_numbers} # what people and programs read of a file without building its model
 
 def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Predictor:
     "A predictor from what the file says"
@@ -90,7 +95,7 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
     p = spec['pipeline']
     parts = {name: rebuild(p[name], objects) for name in ('inputs', 'targets', 'item_tfms', 'batch_tfms', 'item_kind')}
     types = rebuild(p.get('target_types', []), objects) # older files have none
-    predictor = Predictor(model, InferencePipeline(**parts, target_types=types), rebuild(spec['output'], objects), None)
+    predictor = Predictor(model, InferencePipeline(**parts, target_types=types), _output(spec['output'], objects), None)
     predictor.spec = spec
     return predictor
 
@@ -136,6 +141,11 @@ def _build_model(described: Any, objects: list[Any]) -> nn.Module:
     else: model = rebuild(described, objects)
     if not isinstance(model, nn.Module): raise ValueError(f'what should be the model is a {type(model).__name__}')
     return model
+
+def _output(described: Any, objects: list[Any]) -> Any:
+    output = rebuild(described, objects)
+    if hasattr(output, 'activation') and hasattr(output, 'decodes'): return output
+    raise ValueError(f'what should say the meaning of the outputs is a {type(output).__name__}')
 
 def _load_weights(model: nn.Module, data: bytes) -> None:
     from safetensors.torch import load

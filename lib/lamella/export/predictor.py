@@ -4,29 +4,63 @@
 
 # %% ../../../nbs/51_export/00_predictor.ipynb #b4cc8522
 from __future__ import annotations
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastcore.foundation import L
 
-from ..base.devices import resolve_device
+from ..base.devices import default_workers, resolve_device
+from ..base.nested import to_concat, to_detach, to_device
+from ..base.registry import checked_keywords
+from ..data.loader import DataLoader
+from ..data.new_items import NewItems, may_have_workers
+from ..data.several import several
 from ..learner.deploying import Deploying
-from ..learner.inference import Inference, Prediction
+from ..learner.inference import Inference, activated, decided, inputs_of, ordered
 
 # %% auto #0
-__all__ = ['Predictor']
+__all__ = ['NewLoaders', 'Predictor']
 
 # %% ../../../nbs/51_export/00_predictor.ipynb #46439735
+class NewLoaders:
+    "What an exported model has in place of loaders: it makes them for new items"
+    def __init__(self,
+        predictor: Predictor, # whose items are read
+    ): self.predictor = predictor
+
+    @property
+    def vocab(self) -> Any: # `None` if there is none
+        "The classes"
+        return self.predictor.vocab
+
+    @property
+    def task(self) -> str | None: # such as 'classification'
+        "What the model does"
+        return self.predictor.task
+
+    @property
+    def device(self) -> torch.device: # of the batches
+        "Where the model is"
+        return torch.device(self.predictor.device)
+
+    def test_dl(self,
+        test_items: Any,                # as for `predict`: a list, a folder, a pattern, a table, or one item
+        bs: int = 64,                   # items a batch
+        num_workers: int | None = None, # processes that read; found out if not given
+        with_labels: bool = False,      # an error: an exported file has no label function
+        **kwargs: Any,                  # other arguments of `DataLoader`
+    ) -> DataLoader:                    # in the order of the items
+        "A loader for new items, treated as those of the validation set were"
+        if with_labels: raise ValueError('an exported file has no label function, so that it makes no targets: with_labels=True is for the loaders of the learner')
+        p = self.predictor.pipeline
+        found = several(test_items, p.item_kind, p.opens_files)
+        items = [test_items] if found is None else found
+        if num_workers is None: num_workers = default_workers() if len(items) > bs and may_have_workers() else 0
+        return DataLoader(NewItems(items, p), bs=bs, num_workers=num_workers, **{'after_item': p.item_tfms, 'after_batch': p.batch_tfms, 'device': self.device, 'seed': 0, **kwargs})
+
 class Predictor(Deploying, Inference):
     "Predicts new items with an exported model"
     spec: dict[str, Any] = {} # what the file says of itself
-
-    def predict(self,
-        item: Any, # one item, or a list of them
-    ) -> Any:      # (label, decision, probabilities), a list of such for a list
-        "Predict new items"
-        return self.predict_items(item) if isinstance(item, (list, L)) else super().predict(item)
 
     @property
     def task(self) -> str | None: # such as 'classification', 'segmentation'
@@ -54,9 +88,40 @@ class Predictor(Deploying, Inference):
         return self.pipeline.vocab
 
     @property
-    def dls(self) -> Any: # has `vocab`
-        "Where programs written for fastai look for the vocabulary"
-        return SimpleNamespace(vocab=self.vocab)
+    def dls(self) -> NewLoaders: # has `test_dl`, `vocab`, `device`
+        "Where programs written for fastai look for the vocabulary and for loaders of new items"
+        return NewLoaders(self)
+
+    @checked_keywords
+    def get_preds(self,
+        ds_idx: int = 1,            # kept for fastai's callers: there is no data here but that of `dl`
+        dl: Any = None,             # a loader, such as one of `predictor.dls.test_dl`
+        with_input: bool = False,   # the inputs, too
+        with_decoded: bool = False, # the decisions, too
+        with_loss: bool = False,    # an error: an exported file has no loss
+        act: Callable[[Any], Any] | None = None, # in place of the activation that belongs to the model; gets all that the model returns
+        reorder: bool = True,       # in the order of the dataset, each sample once; otherwise as the loader gives them
+        with_preds: bool = True,    # the predictions; `None` in their place otherwise
+        with_targs: bool = True,    # the targets; `None` in their place otherwise
+        concat_dim: int = 0,        # dimension along which batches are joined
+    ) -> tuple:                     # (inputs,) predictions, targets (, decisions)
+        "Predictions of a loader, as tensors in main memory; the targets are `None` if the loader has none"
+        if dl is None: raise ValueError('an exported file has no data of its own: give a loader, such as get_preds(dl=predictor.dls.test_dl(files))')
+        if with_loss: raise ValueError('an exported file has no loss, only the meaning of the outputs: get_preds(with_loss=True) is for the learner')
+        batches = [self._of_batch(batch, with_input, with_targs) for batch in (ordered(dl) if reorder else dl)]
+        inputs, raw, targets = [to_concat(list(o), concat_dim, getattr(self.output, 'fills_up', False)) for o in zip(*batches)] or [None] * 3
+        preds = None if raw is None else activated(self.output, raw) if act is None else act(raw)
+        found = [_alone(inputs)] if with_input else []
+        return (*found, preds if with_preds else None, _alone(targets), *([decided(self.output, preds)] if with_decoded else []))
+
+    def _of_batch(self, batch: Any, with_input: bool, with_targs: bool) -> tuple[Any, Any, Any]:
+        "The inputs, what the model returns, and the targets; `None` for what is not wanted"
+        n = len(self.pipeline.inputs)
+        inputs = to_device(inputs_of(batch, n), self.device)
+        targets = tuple(batch[n:]) if isinstance(batch, (list, tuple)) and with_targs else ()
+        return to_detach((inputs if with_input else None, self.outputs(inputs), targets or None))
+
+def _alone(x: Any) -> Any: return x[0] if isinstance(x, tuple) and len(x) == 1 else x
 
 def _architecture(model: Any) -> str | None:
     "By its name, where the file says one"

@@ -43,7 +43,7 @@ def describe_pipeline(
     kept = lambda fs: [describe(f, objects) for f in fs if f.split_idx != 0]
     inputs, left_out = [], []
     for field in pipeline.inputs:
-        fs = [f for f in field.fs if not (f.is_getter and not is_registered(type(f)))]
+        fs = [f for f in field.fs if not f.is_getter or is_registered(type(f)) and getattr(f, 'has_name', True)]
         left_out += [f.name for f in field.fs if f not in fs]
         inputs.append(kept(fs))
     targets = [kept([f for f in field.fs if not f.is_getter and f._verbs['decodes']]) for field in pipeline.targets]

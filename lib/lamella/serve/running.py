@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/80_serve/04_running.ipynb #530b4397
 from __future__ import annotations
+import io
 import os
 import socket
 import sys
@@ -11,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from PIL import Image
 
 from ..base.registry import require
 from .app import create_app
@@ -34,10 +37,18 @@ def _listen(host: str, port: int) -> socket.socket:
 def _load(model: Any, device: Any, trust: bool) -> Any:
     "A file, a predictor or a learner; what can predict samples"
     from lamella.export import load_learner
-    if isinstance(model, (str, os.PathLike)): return load_learner(model, device=device, trust=trust)
+    if isinstance(model, (str, os.PathLike)): return _tried(load_learner(model, device=device, trust=trust))
     if not hasattr(model, 'predict_samples') and hasattr(model, 'inference'): model = model.inference()
     if not hasattr(model, 'predict_samples'): raise TypeError(f'a server needs a file that learn.export wrote, or a predictor, not a {type(model).__name__}')
     return model if device is None else model.to(device)
+
+def _tried(predictor: Any) -> Any:
+    "The first picture takes seconds, for what is loaded with it: that should not be a client's"
+    file = io.BytesIO()
+    Image.new('RGB', (64, 64), 'gray').save(file, 'JPEG')
+    try: predictor.predict_samples([predictor.sample(file.getvalue())])
+    except Exception as error: print(f'Warning: the model cannot predict a gray test picture, {type(error).__name__}: {str(error).splitlines()[0]}', file=sys.stderr)
+    return predictor
 
 def _server(app: Any, host: str, log_level: str, timeout: float) -> Any:
     uvicorn = require('uvicorn', 'lamella[serve]', 'a server')
