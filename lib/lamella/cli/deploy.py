@@ -53,7 +53,7 @@ _LIMITS = 'max_bytes', 'max_pixels', 'max_files', 'max_batch', 'max_wait', 'time
 
 def _serve(model: str, host: str, port: int, device: str, trust: bool, **limits: Any) -> None:
     from lamella.base.registry import require
-    require('fastapi', 'serve', 'lamella serve')
+    require('fastapi', 'lamella[serve]', 'lamella serve')
     from lamella.serve import serve as run_server
     run_server(model, host=host, port=port, device=device, trust=trust, **limits)
 
@@ -64,7 +64,7 @@ serve = Command('serve', callback=_serve, short_help='A page to drop pictures on
   curl -F files=@photo.jpg http://127.0.0.1:8000/predict
 
 Others on the network reach it only with --host 0.0.0.0.''', params=[MODEL,
-    Option(['--host'], default='127.0.0.1', group='Server', help='Address to listen at.'), Option(['--port'], type=click.IntRange(1, 65535), default=8000, group='Server', help='Port to listen at.'),
+    Option(['--host'], default='127.0.0.1', group='Server', help='Address to listen at.'), Option(['--port'], type=click.IntRange(0, 65535), default=8000, group='Server', help='Port to listen at; 0 for any that is free.'),
     Option(['--max-bytes'], type=click.IntRange(1), default=20 * 2**20, group='Limits', help='Largest file.'), Option(['--max-pixels'], type=click.IntRange(1), default=50_000_000, group='Limits', help='Largest picture.'),
     Option(['--max-files'], type=click.IntRange(1), default=64, group='Limits', help='Most pictures in a request.'), Option(['--max-batch'], type=click.IntRange(1), default=32, group='Limits', help='Most pictures that are predicted together.'),
     Option(['--max-wait'], type=click.FloatRange(0), default=0.005, group='Limits', help='Seconds to wait for more of them.'), Option(['--timeout'], type=click.FloatRange(0, min_open=True), default=30., group='Limits', help='Seconds that a request may take.'),

@@ -111,6 +111,18 @@ class Inference:
         names = _rows_of(items) if is_table(items) else items
         return Predictions(found, [names[i] for i in kept] if bad else names, bad)
 
+    def sample(self,
+        item: Any, # of the kind of the source, or what the first block opens
+    ) -> tuple:    # one value an input
+        "The first half of `predict_item`: one item, opened and transformed; several threads may do that"
+        return self.pipeline.of_this_thread().sample(item)
+
+    def predict_samples(self,
+        samples: list[tuple], # from `sample`
+    ) -> list[Prediction]:    # one for each, in their order
+        "The second half of `predict_item`: one call of the model for several samples"
+        return self._predicted(self.pipeline.of_this_thread().batch([_trimmed(o) for o in samples], self.device), samples)
+
     def predict_loader(self,
         dl: Any,          # of lamella or of PyTorch: gives batches that the model takes
     ) -> Predictions:     # one for each sample, in the order of its dataset if it is lamella's
