@@ -32,10 +32,11 @@ __all__ = ['plt', 'pd', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
            'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists', 'show_at', 'ThirdParty',
            'train_only', 'DisplayedTransform', 'ItemTransform', 'RandTransform', 'Transform', 'Category',
            'MultiCategory', 'TensorBase', 'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat',
-           'TitledStr', 'TitledTuple', 'show_title', 'ExportError', 'Predictor', 'load_learner',
-           'ClassificationInterpretation', 'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation',
-           'SegmentationInterpretation', 'Embeddings', 'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam',
-           'Prediction', 'Learner', 'register_strategy', 'load_model', 'save_model', 'Callback', 'before_batch_cb',
+           'TitledStr', 'TitledTuple', 'show_title', 'DeployError', 'ExportError', 'HubError', 'Predictor', 'from_hub',
+           'load_learner', 'model_card', 'push_to_hub', 'read_spec', 'ClassificationInterpretation',
+           'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation', 'SegmentationInterpretation',
+           'Embeddings', 'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam', 'ParityError', 'Prediction',
+           'Predictions', 'Learner', 'register_strategy', 'load_model', 'save_model', 'Callback', 'before_batch_cb',
            'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
            'CancelStepException', 'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback',
            'OwnLoss', 'Recorder', 'reduce_loss', 'TrackerCallback', 'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat',
@@ -168,11 +169,12 @@ from ..data.tfmdlists import TfmdLists, show_at
 from ..data.third_party import ThirdParty, train_only
 from ..data.transform import DisplayedTransform, ItemTransform, RandTransform, Transform
 from ..data.types import (Category, MultiCategory, TensorBase, TensorCategory, TensorFloat, TensorMultiCategory, TitledFloat, TitledStr, TitledTuple, show_title)
-from ..export import ExportError, Predictor, load_learner
+from ..export import DeployError, ExportError, HubError, Predictor, from_hub, load_learner, model_card, push_to_hub, read_spec
 from ..interpret import (ClassificationInterpretation, DetectionInterpretation, Interpretation, RegressionInterpretation, SegmentationInterpretation)
 from ..interpret.embeddings import Embeddings, nearest, plot_embeddings
 from ..interpret.gradcam import GradCAM, plot_gradcam
-from ..learner.inference import Prediction
+from ..learner.deployment import ParityError
+from ..learner.predictions import Prediction, Predictions
 from ..learner.learner import Learner
 from ..learner.strategies import register_strategy
 from ..learner.saving import load_model, save_model
@@ -283,10 +285,11 @@ _all_ = ['json', 'math', 'os', 'random', 're', 'shutil', 'sys', 'time', 'warning
     'Pipeline', 'FileGetter', 'ImageGetter', 'get_files', 'get_image_files', 'image_extensions', 'ColSplitter', 'EndSplitter', 'FileSplitter',
     'FuncSplitter', 'GrandparentSplitter', 'IndexSplitter', 'MaskSplitter', 'RandomSplitter', 'RandomSubsetSplitter', 'TrainTestSplitter', 'TfmdLists',
     'show_at', 'ThirdParty', 'train_only', 'DisplayedTransform', 'ItemTransform', 'RandTransform', 'Transform', 'Category', 'MultiCategory', 'TensorBase',
-    'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'show_title', 'ExportError', 'Predictor',
-    'load_learner', 'ClassificationInterpretation', 'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation', 'SegmentationInterpretation',
-    'Embeddings', 'nearest', 'plot_embeddings', 'GradCAM', 'plot_gradcam', 'Prediction', 'Learner', 'register_strategy', 'load_model', 'save_model',
-    'Callback', 'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException',
+    'TensorCategory', 'TensorFloat', 'TensorMultiCategory', 'TitledFloat', 'TitledStr', 'TitledTuple', 'show_title', 'DeployError', 'ExportError',
+    'HubError', 'Predictor', 'from_hub', 'load_learner', 'model_card', 'push_to_hub', 'read_spec', 'ClassificationInterpretation',
+    'DetectionInterpretation', 'Interpretation', 'RegressionInterpretation', 'SegmentationInterpretation', 'Embeddings', 'nearest', 'plot_embeddings',
+    'GradCAM', 'plot_gradcam', 'ParityError', 'Prediction', 'Predictions', 'Learner', 'register_strategy', 'load_model', 'save_model', 'Callback',
+    'before_batch_cb', 'CancelBackwardException', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'CancelStepException',
     'CancelTrainException', 'CancelValidException', 'event', 'Logger', 'LoggerCallback', 'OwnLoss', 'Recorder', 'reduce_loss', 'TrackerCallback',
     'BaseLoss', 'BCELossFlat', 'BCEWithLogitsLossFlat', 'CombinedLoss', 'CrossEntropyLossFlat', 'DiceLoss', 'FocalLoss', 'FocalLossFlat', 'HuberLossFlat',
     'L1LossFlat', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'MSELossFlat', 'SmoothL1LossFlat', 'point_distance', 'metrics_of_task',
