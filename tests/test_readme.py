@@ -1,7 +1,9 @@
 """The README tells the truth: its program is the one that is tested, its commands exist, its table of layers is the listing."""
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 from test_program import PROGRAM
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,23 @@ def test_the_commands_exist():
     targets = re.findall(r'^(\w+):', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M)
     assert set(re.findall(r'^    make (\w+)', README, re.M)) <= set(targets)
     assert 'make test' in (ROOT/'.ci'/'run').read_text(encoding='utf-8')
+
+
+def commands_shown() -> list[str]:
+    "What the README types behind `lamella`"
+    return re.findall(r'^    lamella (.+)', README, re.M) + re.findall(r'`lamella ([^`]+)`', README)
+
+
+@pytest.mark.parametrize('command', commands_shown())
+def test_the_command_line_knows_what_is_shown(command):
+    "Words and options are parsed before --help is followed"
+    from click.testing import CliRunner
+    from lamella.cli.commands import lamella
+    found = CliRunner().invoke(lamella, [*shlex.split(command), '--help'])
+    assert found.exit_code == 0, found.output
+
+
+def test_the_command_line_is_shown(): assert len(commands_shown()) > 4
 
 
 def test_the_layers_are_there():

@@ -73,7 +73,7 @@ def quantized_model(
     model: nn.Module, # of a learner; not changed
 ) -> nn.Module:       # on the CPU, in evaluation mode
     "A copy whose linear layers have weights of 8 bits; `DeployError` if there are next to none"
-    quantization = require('torchao.quantization', 'torchao', 'quantized()')
+    quantization = require('torchao.quantization', 'lamella[quantize]', 'quantized()')
     made = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     linear = sum(o.weight.numel() for o in made.modules() if isinstance(o, nn.Linear))
     share = linear / max(1, sum(o.numel() for o in made.parameters()))
