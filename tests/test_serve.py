@@ -596,15 +596,17 @@ console.error = error => wrong.push(String(error));
 const ANSWERS = { 'a.jpg': { label: '<b>dog</b>', probability: 0.5, probabilities: { '<b>dog</b>': 0.5, cat: 0.5 } }, 'b.jpg': { boxes: [{ label: 'car', score: 0.9, box: [1, 2, 30, 40] }] },
   'c.jpg': { points: [[1, 2], [3, 4]] }, 'd.jpg': { size: [48, 60], classes: { sky: 0.75, sea: 0.25 }, mask: 'AAAA' }, 'e.jpg': { targets: [{ value: 3.5 }, { labels: ['wet'], probabilities: { wet: 0.9 } }] }, 'no.txt': { error: 'is no picture' },
   'f.jpg': { size: [48, 48], classes: { sky: 1 }, mask: 'AAAA' } };
-globalThis.fetch = async (address, options) => ({ status: 200, blob: async () => ({}), json: async () => address === 'info' ? { task: 'any', classes: ['sea', 'sky'], limits: { max_files: 3, max_bytes: 1000 } }
-  : { predictions: options.body.getAll('file').map(o => ({ file: o.name, ...ANSWERS[o.name] })) } });
+globalThis.fetch = async (address, options) => {
+  if (!['info', 'predict'].includes(address)) throw new TypeError(`the policy of the page forbids to fetch ${address}`); // connect-src 'self'
+  return { status: 200, json: async () => address === 'info' ? { task: 'any', classes: ['sea', 'sky'], limits: { max_files: 3, max_bytes: 1000 } } : { predictions: options.body.getAll('file').map(o => ({ file: o.name, ...ANSWERS[o.name] })) } };
+};
 """
 DROP = """
 (async () => {
   const files = Object.keys(ANSWERS).map(name => new File(['xxxx'], name));
   while (!listeners.drop) await new Promise(done => setTimeout(done, 1));
   listeners.drop({ preventDefault() {}, dataTransfer: { files } });
-  while (elements.status.textContent !== `${files.length} of ${files.length} predicted`) await new Promise(done => setTimeout(done, 1));
+  while (elements.status.textContent !== `${files.length} of ${files.length} done`) await new Promise(done => setTimeout(done, 1));
   console.log(JSON.stringify({ wrong, drawn, said: elements.answers.children.map(o => o.textContent), about: elements.about.textContent, shown: elements.answers.children.map(o => o.children[0].children.map(o => o.name)) }));
 })();
 """
