@@ -50,29 +50,32 @@ def _tried(predictor: Any) -> Any:
     except Exception as error: print(f'Warning: the model cannot predict a gray test picture, {type(error).__name__}: {str(error).splitlines()[0]}', file=sys.stderr)
     return predictor
 
+class _Watched:
+    "A line of HTTP that is closed if no request begins in time"
+    silence: float # seconds
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport) # type: ignore[misc]
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete() # type: ignore[misc]
+        self._watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._watching.cancel()
+        super().connection_lost(error) # type: ignore[misc]
+
+    def _watch(self) -> None:
+        if hasattr(self, '_watching'): self._watching.cancel()
+        self._watching = self.loop.call_later(self.silence, self._close_if_still, self.cycle) # type: ignore[attr-defined]
+
+    def _close_if_still(self, before: Any) -> None:
+        if self.cycle is before and (before is None or before.response_complete): self.transport.close() # type: ignore[attr-defined]
+
 def _protocol(timeout: float) -> Any:
-    "HTTP on a line that is closed if no request begins in time"
     from uvicorn.protocols.http.h11_impl import H11Protocol
-    class Guarded(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._watch()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch()
-
-        def connection_lost(self, error: Exception | None) -> None:
-            self._watching.cancel()
-            super().connection_lost(error)
-
-        def _watch(self) -> None:
-            if hasattr(self, '_watching'): self._watching.cancel()
-            self._watching = self.loop.call_later(timeout, self._close_if_still, self.cycle)
-
-        def _close_if_still(self, before: Any) -> None:
-            if self.cycle is before and (before is None or before.response_complete) and not self.transport.is_closing(): self.transport.close()
-    return Guarded
+    return type('Watched', (_Watched, H11Protocol), {'silence': timeout})
 
 def _server(app: Any, host: str, log_level: str, timeout: float) -> Any:
     uvicorn = require('uvicorn', 'lamella[serve]', 'a server')
