@@ -61,7 +61,7 @@ class _Picture:
 
     def resized(self, size: Size, box: Sequence[float], resample: int) -> None:
         "The part in `box` as large as `size`"
-        whole, box = self.size, list(box)
+        whole, box, self.size = self.size, list(box), size
         if self.file is not None:
             wanted = [max(1, round(full * to / (end - start))) for full, to, start, end in zip(whole, size, box, box[2:])]
             part = (self.file.draft(self.mode, tuple(wanted)) or (0, (0, 0, *self.file.size)))[1][2:] # an eighth of 1793 pixels are 224.125 of 225
@@ -71,7 +71,6 @@ class _Picture:
         fast = resample in _FAST and all(abs(o - round(o)) < 1e-6 for o in box)
         if fast: self.im = self.im.crop(tuple(round(o) for o in box)).resize(size, resample) # type: ignore[arg-type]
         else: self.im = self.im.resize(size, resample, box=tuple(box), reducing_gap=2.) # type: ignore[arg-type]
-        self.size = size
 
     def cut(self, size: Size, start: Size, pad_mode: str) -> None:
         "The part that begins at `start` (left, top), padded where it reaches over the edge"
@@ -191,6 +190,15 @@ class Prepared:
         return ((points + 1) * np.array(self.picture.size) / 2 - self.shift) / self.scale
 
 # %% ../../../nbs/51_export/02_onnx_predict.ipynb #afa92715
+def _session(path: Any, providers: Sequence[str], threads: int | None) -> Any:
+    try: import onnxruntime
+    except ImportError as error: raise ImportError("OnnxPredictor needs 'onnxruntime', which is not installed: pip install onnxruntime, or pip install 'lamella[onnx]'") from error
+    if not os.path.isfile(path): raise FileNotFoundError(f"'{path}' is no file")
+    options = onnxruntime.SessionOptions()
+    if threads: options.intra_op_num_threads = threads
+    try: return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+    except Exception as error: raise ValueError(f"'{path}' cannot be opened as an ONNX file: {' '.join(str(error).split())}") from error
+
 class OnnxPredictor:
     "Predicts pictures with an ONNX file that `to_onnx` wrote"
     def __init__(self,
@@ -198,13 +206,10 @@ class OnnxPredictor:
         providers: Sequence[str] = ('CPUExecutionProvider',),    # of onnxruntime
         threads: int | None = None,                              # onnxruntime's choice if not given
     ):
-        import onnxruntime
-        options = onnxruntime.SessionOptions()
-        if threads: options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
-        said = self.session.get_modelmeta().custom_metadata_map.get('lamella')
-        if said is None: raise ValueError(f"'{path}' has no metadata of lamella: it was not written by to_onnx()")
-        self.info: dict[str, Any] = json.loads(said)
+        self.session = _session(path, providers, threads)
+        try: self.info: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map.get('lamella', 'null')) or {}
+        except ValueError as error: raise ValueError(f"the metadata of '{path}' is damaged: {error}") from error
+        if not {'version', 'input', 'preprocessing', 'targets'} <= {*self.info}: raise ValueError(f"'{path}' has no metadata of lamella: it was not written by to_onnx()")
         if self.info['version'] > 1: raise ValueError(f"'{path}' was written by a newer lamella: take onnx_predict.py of that version")
 
     def predict(self,
@@ -213,9 +218,7 @@ class OnnxPredictor:
     ) -> Any:           # a dictionary; a list of such for a list
         "Predict one picture, or several"
         if not isinstance(x, (list, tuple)): return self.predict([x], bs)[0]
-        found: list[dict] = []
-        for start in range(0, len(x), bs): found += self._predict_batch([self.prepare(o) for o in x[start:start + bs]])
-        return found
+        return [result for start in range(0, len(x), bs) for result in self._predict_batch([self.prepare(o) for o in x[start:start + bs]])]
 
     def prepare(self,
         source: Any, # path, bytes, PIL image, array
@@ -291,8 +294,14 @@ def main(
     if len(args) < 2 or args[0] in ('-h', '--help'):
         print('usage: python onnx_predict.py MODEL.onnx PICTURE [PICTURE ...]\nPrints one line of JSON for each picture.')
         return 0 if args[:1] in (['-h'], ['--help']) else 2
-    predictor = OnnxPredictor(args[0])
-    for file in args[1:]: print(json.dumps({'file': file, **to_json(predictor.predict(file))}))
-    return 0
+    try: predictor = OnnxPredictor(args[0])
+    except Exception as error: return print(f'Error: {error}', file=sys.stderr) or 1
+    return max([_said(predictor, file) for file in args[1:]])
+
+def _said(predictor: OnnxPredictor, file: str) -> int:
+    try: found = to_json(predictor.predict(file))
+    except Exception as error: found = {'error': str(error)}
+    print(json.dumps({'file': file, **found}))
+    return int('error' in found)
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

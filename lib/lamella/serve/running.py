@@ -50,11 +50,38 @@ def _tried(predictor: Any) -> Any:
     except Exception as error: print(f'Warning: the model cannot predict a gray test picture, {type(error).__name__}: {str(error).splitlines()[0]}', file=sys.stderr)
     return predictor
 
+class _Watched:
+    "A line of HTTP that is closed if no request begins in time"
+    silence: float # seconds
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport) # type: ignore[misc]
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete() # type: ignore[misc]
+        self._watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._watching.cancel()
+        super().connection_lost(error) # type: ignore[misc]
+
+    def _watch(self) -> None:
+        if hasattr(self, '_watching'): self._watching.cancel()
+        self._watching = self.loop.call_later(self.silence, self._close_if_still, self.cycle) # type: ignore[attr-defined]
+
+    def _close_if_still(self, before: Any) -> None:
+        if self.cycle is before and (before is None or before.response_complete): self.transport.close() # type: ignore[attr-defined]
+
+def _protocol(timeout: float) -> Any:
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+    return type('Watched', (_Watched, H11Protocol), {'silence': timeout})
+
 def _server(app: Any, host: str, log_level: str, timeout: float) -> Any:
     uvicorn = require('uvicorn', 'lamella[serve]', 'a server')
     from fastapi.middleware.trustedhost import TrustedHostMiddleware
     if is_local(host): app.add_middleware(TrustedHostMiddleware, allowed_hosts=['localhost', '127.0.0.1', '::1', '[::1]', host])
-    return uvicorn.Server(uvicorn.Config(app, log_level=log_level, server_header=False, ws='none', lifespan='on', timeout_graceful_shutdown=int(timeout) + 5))
+    return uvicorn.Server(uvicorn.Config(app, log_level=log_level, server_header=False, http=_protocol(timeout), ws='none', lifespan='on', timeout_graceful_shutdown=int(timeout) + 5))
 
 def _url(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]

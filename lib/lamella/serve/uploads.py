@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.message import Message
@@ -48,7 +49,7 @@ class Limits:
 
 # %% ../../../nbs/80_serve/01_uploads.ipynb #c1098385
 FORMATS = 'JPEG', 'MPO', 'PNG', 'GIF', 'BMP', 'DIB', 'WEBP', 'TIFF', 'PPM', 'AVIF', 'HEIF', 'JPEG2000' # as PIL calls them
-_PAGES = 1000 # of a TIFF
+_PAGES, _SCANS = 1000, 100 # of a TIFF; of a JPEG, where about ten are usual
 
 def check_picture(
     data: bytes,     # a file
@@ -61,20 +62,37 @@ def check_picture(
     except Exception as error: raise Refused(422, 'is no picture that can be read; send JPEG, PNG, WebP, GIF, BMP or TIFF') from error
     with opened:
         if opened.format not in FORMATS: raise Refused(422, f'is a file of the kind {opened.format}, which is not accepted; send JPEG, PNG, WebP, GIF, BMP or TIFF')
+        _check_work(opened, data)
         _check_size(opened, max_pixels)
+
+def _check_work(opened: Image.Image, data: bytes) -> None:
+    if opened.format in ('JPEG', 'MPO') and _scans(data) > _SCANS: raise Refused(422, f'is a JPEG with more than {_SCANS} scans, which takes too long to read: send it as it was before somebody changed it')
+    if opened.format == 'PPM' and data[:2] in (b'P1', b'P2', b'P3'): raise Refused(422, 'has its numbers as text, which takes too long to read: send JPEG, PNG, WebP, GIF, BMP or TIFF')
+
+_MARKER = re.compile(rb'\xff([^\x00\x01\xd0-\xd7\xff])') # of a segment with a length (ITU T.81, B.1.1.3)
+
+def _scans(jpeg: bytes) -> int:
+    "How often a decoder goes over the pixels, counted up to the limit; what comes after the end of the picture does not matter"
+    found, at = 0, 2
+    while found <= _SCANS and (marker := _MARKER.search(jpeg, at)) and marker[1] != b'\xd9':
+        found += marker[1] == b'\xda'
+        at = marker.end() + int.from_bytes(jpeg[marker.end():marker.end() + 2], 'big')
+    return found
 
 def _check_size(opened: Image.Image, max_pixels: int) -> None:
     width, height = opened.size
     try: pixels = _pixels(opened, max_pixels)
+    except Refused: raise
     except Exception as error: raise Refused(422, 'is damaged') from error
     if pixels > max_pixels: raise Refused(413, f'has {width} x {height} pixels, in all {pixels:,}, and {max_pixels:,} are the limit: send a smaller one')
 
 def _pixels(opened: Image.Image, enough: int) -> int:
     "Of all pages, where there may be several"
     found = opened.width * opened.height
-    for page in range(1, _PAGES if opened.format == 'TIFF' else 1):
+    for page in range(1, _PAGES + 1 if opened.format == 'TIFF' else 1):
         try: opened.seek(page)
         except EOFError: break
+        if page == _PAGES: raise Refused(413, f'has more than {_PAGES:,} pages, which is the limit: send fewer')
         found += opened.width * opened.height
         if found > enough: break
     return found
@@ -159,7 +177,10 @@ async def _of_json(request: Any, limits: Limits, counted: _Counted) -> list[Uplo
     body = b''.join([chunk async for chunk in request.stream()])
     return await asyncio.to_thread(_decode_json, body, limits)
 
+_MOST_PARTS = 10_000 # commas and brackets in JSON
+
 def _decode_json(body: bytes, limits: Limits) -> list[Upload]:
+    if sum(body.count(o) for o in (b',', b'[', b'{')) > _MOST_PARTS + 4 * limits.max_files: raise Refused(400, 'the body is no JSON of pictures: it has too many commas and brackets') # each would be 25 times as large in memory
     try: found = json.loads(body)
     except (ValueError, RecursionError) as error: raise Refused(400, f'the body is no JSON: {str(error)[:100]}') from error
     images = found.get('images') if isinstance(found, dict) else None
@@ -172,7 +193,7 @@ def _decode_base64(text: str, i: int) -> bytes:
     if text[:5].lower() == 'data:':
         head, _, text = text.partition(',')
         if not head.lower().endswith(';base64'): raise Refused(422, f'images[{i}] is a data URL that is not in base64')
-    try: return base64.b64decode(''.join(text.split()), validate=True)
+    try: return base64.b64decode(text.encode('ascii').translate(None, b' \t\r\n\f\v'), validate=True)
     except (binascii.Error, ValueError) as error: raise Refused(422, f'images[{i}] is no base64: {error}') from error
 
 # %% ../../../nbs/80_serve/01_uploads.ipynb #34350cb9
