@@ -14,6 +14,7 @@ from lamella.data.labels import ColReader
 from lamella.data.pipeline import DataError
 from lamella.data.several import several
 from lamella.export import ExportError, load_learner
+from lamella.export.card import model_card
 from lamella.learner.predictions import Prediction, Predictions
 from lamella.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, Resize, get_image_files, parent_label
 
@@ -134,3 +135,32 @@ def test_patterns_in_folders_with_brackets(files, tmp_path):
     for name in ('a.jpg', 'b.jpg'): (folder/name).write_bytes(Path(files[0]).read_bytes())
     assert [Path(o).name for o in several(str(folder/'*.jpg'))] == ['a.jpg', 'b.jpg'] == [Path(o).name for o in several(str(tmp_path/'run [2]'/'*'/'?.jpg'))]
     with pytest.raises(FileNotFoundError): several(str(tmp_path/'run [3]'/'*.jpg'))
+
+
+def test_a_loaded_file_takes_the_arguments_of_fastais_learner(exported, files):
+    predictor = load_learner(exported)
+    shown, *three = predictor.predict(files[0], with_input=True)
+    assert shown.shape == (3, 8, 8) and three[0] == predictor.predict(files[0]).label and len(three) == 3
+    with predictor.no_bar(), predictor.no_logging(): assert predictor.predict(files[0], rm_type_tfms=0).label == three[0]
+    opened = predictor.pipeline.opened(files[0])[0]
+    assert torch.equal(predictor.predict(opened, rm_type_tfms=1)[2], three[2])
+    with pytest.raises(TypeError, match="Did you mean 'with_input'"): predictor.predict(files[0], with_inputs=True)
+
+
+@pytest.mark.parametrize('model', ['learner', 'file'])
+def test_arguments_that_cannot_be(model, learn, exported, files):
+    p = learn if model == 'learner' else load_learner(exported)
+    with pytest.raises(ValueError, match='with_input=True is for one item'): p.predict(files, with_input=True)
+    for steps in 64, -1, ['x']:
+        with pytest.raises(ValueError, match='rm_type_tfms=.*(1|2) transforms.*bs='): p.predict(files[0], rm_type_tfms=steps)
+
+
+def test_files_in_place_of_a_loader(exported, files):
+    for given in files, str(files[0]), [str(files[0])]:
+        with pytest.raises(TypeError, match='takes a loader, not files'): load_learner(exported).get_preds(dl=given)
+
+
+def test_the_card_says_which_folder_of_its_author_a_file_holds(exported, files, tmp_path):
+    reader = new('data.datablock:_Getter', func=new('data.labels:ColReader', cols=['fname'], pref='/pictures/of/ann/'))
+    file = changed(exported, tmp_path, lambda spec: spec['pipeline']['inputs'][0].insert(0, reader))
+    assert 'names begin with `/pictures/of/ann/`' in model_card(file) and 'names begin with' not in model_card(exported)
