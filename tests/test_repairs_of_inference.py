@@ -164,3 +164,7 @@ def test_the_card_says_which_folder_of_its_author_a_file_holds(exported, files, 
     reader = new('data.datablock:_Getter', func=new('data.labels:ColReader', cols=['fname'], pref='/pictures/of/ann/'))
     file = changed(exported, tmp_path, lambda spec: spec['pipeline']['inputs'][0].insert(0, reader))
     assert 'names begin with `/pictures/of/ann/`' in model_card(file) and 'names begin with' not in model_card(exported)
+
+
+def test_pixels_that_are_no_numbers_are_no_black_picture(exported):
+    with pytest.raises(DataError, match='from nan to nan'): load_learner(exported).predict(torch.full((3, 8, 8), float('nan')))
