@@ -229,7 +229,7 @@ def test_with_input(files, pairs):
     learn, _ = pairs('classification')
     image, *three = learn.predict(files[0], with_input=True)
     assert image.shape == (3, 24, 24) and len(three) == 3
-    with pytest.raises(DataError): learn.predict(files[:2], with_input=True)
+    with pytest.raises(ValueError, match='with_input=True is for one item'): learn.predict(files[:2], with_input=True)
 
 
 # ---- nothing is changed, nothing is said

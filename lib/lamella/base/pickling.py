@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .registry import register, registered
+from .registry import printable, register, registered
 
 # %% auto #0
 __all__ = ['UntrustedError', 'register_layer', 'dump_objects', 'load_objects']
@@ -72,7 +72,7 @@ class _CarefulUnpickler(_Tensors, pickle._Unpickler): # the one written in Pytho
 
     def find_class(self, module: str, name: str) -> Any:
         found = _known(module, name)
-        return _refuse(f"'{module}.{name}'") if found is None else found
+        return _refuse(f"'{printable(module)}.{printable(name)}'") if found is None else found
 
     def _reduce(self) -> None:
         if not any(self.stack[-2] is o for o in _CALLABLE): _refuse(f'a call of {_name(self.stack[-2])}')

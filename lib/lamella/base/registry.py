@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['did_you_mean', 'checked_keywords', 'register', 'name_of', 'is_registered', 'registered', 'LazyModule', 'require']
+__all__ = ['did_you_mean', 'checked_keywords', 'printable', 'register', 'name_of', 'is_registered', 'registered', 'LazyModule',
+           'require']
 
 # %% ../../../nbs/00_base/03_registry.ipynb #be152a97
 def did_you_mean(
@@ -47,6 +48,13 @@ def checked_keywords(
     return _checked # type: ignore[return-value]
 
 # %% ../../../nbs/00_base/03_registry.ipynb #c5de2fe9
+def printable(
+    text: Any, # from a file, or from somebody else
+) -> str:      # one line
+    "Text without line breaks and control characters, which a terminal would obey"
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+
+# %% ../../../nbs/00_base/03_registry.ipynb #e5eb1b01
 _registered: dict[str, Any] = {}
 
 def register(
@@ -75,10 +83,10 @@ def registered(
     module = name.partition(':')[0]
     if name not in _registered and module.split('.')[0] == 'lamella' and module not in sys.modules:
         try: importlib.import_module(module)
-        except ImportError as error: raise LookupError(f"'{name}' cannot be loaded: {error}") from error
+        except ImportError as error: raise LookupError(f"'{printable(name)}' cannot be loaded: {printable(error)}") from error
     found = _registered.get(name) or getattr(sys.modules.get(module), name.partition(':')[2], None)
     if found is not None and is_registered(found): return found # also under the name of a package that has it from one of its modules
-    raise LookupError(f"nothing is registered as '{name}'.{did_you_mean(name, _registered)} "
+    raise LookupError(f"nothing is registered as '{printable(name)}'.{did_you_mean(name, _registered)} "
                       'If it is your own class or function, import the module that has `@register` above it first.')
 
 # %% ../../../nbs/00_base/03_registry.ipynb #933f088d

@@ -127,6 +127,8 @@ class InferencePipeline:
         "The same pipeline without the first steps: getters count, too"
         several = [steps] * len(self.inputs) if isinstance(steps, int) else list(steps)
         if isinstance(steps, bool) or len(several) != len(self.inputs): raise TypeError(f'rm_type_tfms is a number of transforms, or one for each of the {len(self.inputs)} inputs, not {steps!r}')
+        for n, field in zip(several, self.inputs):
+            if not isinstance(n, int) or not 0 <= n <= len(field.fs): raise ValueError(f'rm_type_tfms={n!r}: the input has {len(field.fs)} transforms, from 0 to {len(field.fs)} can be left out (how many items a batch has is bs=...)')
         return InferencePipeline([o.fs[n:] for o, n in zip(self.inputs, several)], self.targets, self.item_tfms, self.batch_tfms, None, self.target_types)
 
     def of_this_thread(self) -> InferencePipeline: # itself in the main thread

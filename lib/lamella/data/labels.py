@@ -78,6 +78,8 @@ def is_missing(
     try: return value is None or bool(value != value)
     except (TypeError, ValueError): return type(value).__name__ == 'NAType'
 
+_NO_ROWS = (str, bytes, os.PathLike) # what an exported file must not get attributes of, to make the name of another file of them
+
 @register
 class ColReader:
     "Read one or several columns of a row, with a prefix, a suffix or a delimiter"
@@ -91,11 +93,13 @@ class ColReader:
         self.pref = f'{pref}{os.path.sep}' if isinstance(pref, Path) else str(pref)
 
     def _column(self, row: Any, col: str | int) -> Any:
+        if str(col).startswith('__') and not hasattr(row, 'keys'): raise AttributeError(f'{col!r} is no column of {type(row).__name__}')
         value = row.iloc[col] if isinstance(col, int) and hasattr(row, 'iloc') else row[col] if isinstance(col, int) or hasattr(row, 'keys') else getattr(row, col)
         if self.label_delim is not None: return [] if is_missing(value) or value == '' else str(value).split(self.label_delim)
         return f'{self.pref}{value}{self.suff}' if self.pref or self.suff else value
 
     def __call__(self, row: Any, **kwargs: Any) -> Any:
+        if isinstance(row, _NO_ROWS): raise TypeError(f'a ColReader reads columns of a row, and {row!r} is none')
         values = [self._column(row, o) for o in self.cols]
         return values[0] if len(values) == 1 else values
 

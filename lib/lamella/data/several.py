@@ -44,7 +44,13 @@ def _files(path: str | bytes) -> Sequence[Any] | None:
     path = os.fsdecode(path)
     if os.path.isdir(path): return _found(get_image_files(path), f"there are no pictures in the folder '{path}', told by their names (.jpg, .png, ...): other files are predicted as a list")
     if not any(o in path for o in '*?[') or os.path.exists(path): return None
-    return _found(sorted(o for o in glob.glob(path, recursive=True) if not os.path.isdir(o)), f"there are no files like '{path}'")
+    return _found(sorted(o for o in glob.glob(_pattern(path), recursive=True) if not os.path.isdir(o)), f"there are no files like '{path}'")
+
+def _pattern(path: str) -> str:
+    "Folders that are there mean themselves, even if they are called 'run [2]'"
+    folder = os.path.dirname(path)
+    while folder and not os.path.isdir(folder): folder = os.path.dirname(folder)
+    return glob.escape(folder) + path[len(folder):]
 
 def _found(files: Any, otherwise: str) -> Any:
     if not len(files): raise FileNotFoundError(otherwise)

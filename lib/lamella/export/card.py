@@ -61,6 +61,12 @@ def _names(
     if isinstance(spec, Mapping): yield from (str(spec[k]) for k in ('$new', '$ref', 'builder') if k in spec)
     for o in spec.values() if isinstance(spec, Mapping) else spec if isinstance(spec, list) else (): yield from _names(o, depth + 1)
 
+def _prefixes(spec: Any, depth: int = 0) -> Iterator[str]:
+    "What is put before the names of files that stand in a table"
+    if depth > 100 or not isinstance(spec, (Mapping, list)): return
+    if str(_at(spec, '$new')).endswith(':ColReader') and isinstance(_at(spec, 'args', 'pref'), str): yield from [o for o in [_at(spec, 'args', 'pref')] if o]
+    for o in spec.values() if isinstance(spec, Mapping) else spec: yield from _prefixes(o, depth + 1)
+
 def _holds_objects(spec: Any, depth: int = 0) -> bool:
     "Is something in it stored as an object, which its name does not tell?"
     if depth > 100 or not isinstance(spec, (Mapping, list)): return False
@@ -210,6 +216,8 @@ _MAYBE = 'It holds objects beside the description and the weights. If they are r
 def _may(spec: Any, source: Any) -> list[str]:
     "What somebody should know before loading it"
     lines = [_PLAIN if not _holds_objects(spec) else _MAYBE if isinstance(source, Mapping) else _tried(source)]
+    folders = sorted(set(_prefixes(_at(spec, 'pipeline', 'inputs'))))[:_SHOWN]
+    if folders: lines += ['', f"Of rows of a table it opens files whose names begin with {', '.join(map(as_code, folders))}, as on the machine of its author: elsewhere, predict paths."]
     own = sorted({o for o in _names([_at(spec, k) for k in ('model', 'output', 'pipeline')]) if o.partition(':')[0].split('.')[0] != 'lamella'})
     named = ', '.join(map(as_code, own[:_SHOWN]))
     return lines + (['', f'It names classes or functions of its author, which have to be imported (with `@register` above them) before it is loaded: {named}.'] if own else [])

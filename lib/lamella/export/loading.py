@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ..base.bundle import EXPORT_MEMBERS, FORMAT_VERSION, BundleError, read_bundle
 from ..base.devices import resolve_device
 from ..base.pickling import UntrustedError, load_objects
-from ..base.registry import registered
+from ..base.registry import printable, registered
+from ..base.seeds import keep_random_states
 from ..base.spec import call_named, rebuild
 from ..data.inference import InferencePipeline
 from .predictor import Predictor
@@ -42,8 +43,8 @@ def load_learner(
     members = read_bundle(fname, EXPORT_MEMBERS)
     spec = _read_spec(Path(fname), members)
     try: predictor = _build(spec, members, trust)
-    except UntrustedError as error: raise UntrustedError(f"'{fname}' is not loaded: {error}") from error
-    except Exception as error: raise ExportError(f"'{fname}' cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
+    except UntrustedError as error: raise UntrustedError(f"'{fname}' is not loaded: {printable(error)}") from error
+    except Exception as error: raise ExportError(f"'{fname}' cannot be loaded: {type(error).__name__}: {printable(' '.join(str(error).split()))[:500]}") from error
     predictor.device = resolve_device(device)
     predictor.model.to(predictor.device).eval()
     return predictor
@@ -88,7 +89,8 @@ def _build(spec: dict[str, Any], members: dict[str, bytes], trust: bool) -> Pred
     "A predictor from what the file says"
     objects, data = _objects(members, trust), members['weights.safetensors']
     if not trust: _refuse_openers([spec['model'], spec['output']])
-    with _Building(None if trust else 2 * len(data) + _FREE): model = _build_model(spec['model'], objects)
+    if not trust: _check_sizes(spec['pipeline'])
+    with keep_random_states(), _Building(None if trust else 2 * len(data) + _FREE): model = _build_model(spec['model'], objects)
     if not trust: _check_paths(model)
     _load_weights(model, data)
     if spec.get('channels_last') is True: model.to(memory_format=torch.channels_last)
@@ -123,8 +125,25 @@ def _zeros(weight: nn.Parameter) -> nn.Parameter:
 
 def _refuse_openers(spec: Any) -> None:
     "`create` of images opens files: it belongs to the steps from an item to its tensors, not into a model or a loss"
-    if isinstance(spec, dict) and '$ref' in spec and 'method' in spec: raise ValueError(f"the file names {spec['$ref']}.{spec['method']} where it has no place")
+    if isinstance(spec, dict) and '$ref' in spec and 'method' in spec: raise ValueError(f"the file names {printable(spec['$ref'])}.{printable(spec['method'])} where it has no place")
     for part in spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else (): _refuse_openers(part)
+
+_LARGEST = {'size': 8192, 'max_sz': 8192, 'final_size': 8192, 'val_xtra': 1} # pixels a side of what is made of an image; by how much of that something may be larger
+
+def _check_sizes(spec: Any) -> None:
+    "A short file can ask for images that fill the memory: `predict` would be killed, or take for ever"
+    for name, part in spec.items() if isinstance(spec, dict) else enumerate(spec) if isinstance(spec, list) else ():
+        if name == 'args' and isinstance(part, dict) and any(k.startswith('$') for k in part): raise ValueError('the file hides the arguments of a transform')
+        found = max(_numbers(part), default=0) if name in _LARGEST else 0
+        if name in _LARGEST and not found <= _LARGEST[name]: raise ValueError(f'the file asks for {name}={found} of an image; {_LARGEST[name]} is the most without trust=True')
+        _check_sizes(part)
+
+def _numbers(part: Any) -> list[float]:
+    "All numbers in a description; one that cannot be seen is taken for an infinite one"
+    if isinstance(part, (int, float)): return [part]
+    if isinstance(part, dict) and not part.keys().isdisjoint({'$object', '$new', '$ref'}): return [math.inf]
+    if isinstance(part, dict) and '$float' in part: return [float(part['$float'])]
+    return [o for p in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()) for o in _numbers(p)]
 
 def _check_paths(model: nn.Module) -> None:
     "Layers that hold the same layers, which do so again, take for ever to be walked through"

@@ -4,7 +4,9 @@
 
 # %% ../../../nbs/51_export/00_predictor.ipynb #b4cc8522
 from __future__ import annotations
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -92,6 +94,12 @@ class Predictor(Deploying, Inference):
         "Where programs written for fastai look for the vocabulary and for loaders of new items"
         return NewLoaders(self)
 
+    def no_bar(self) -> AbstractContextManager: # for `with`
+        "A predictor never shows a bar: for programs that switch off that of fastai's learner"
+        return nullcontext(self)
+
+    no_logging = no_bar
+
     @checked_keywords
     def get_preds(self,
         ds_idx: int = 1,            # kept for fastai's callers: there is no data here but that of `dl`
@@ -107,6 +115,7 @@ class Predictor(Deploying, Inference):
     ) -> tuple:                     # (inputs,) predictions, targets (, decisions)
         "Predictions of a loader, as tensors in main memory; the targets are `None` if the loader has none"
         if dl is None: raise ValueError('an exported file has no data of its own: give a loader, such as get_preds(dl=predictor.dls.test_dl(files))')
+        if isinstance(dl, (str, os.PathLike)) or hasattr(dl, '__getitem__') and not hasattr(dl, 'dataset') and len(dl) and isinstance(dl[0], (str, os.PathLike)): raise TypeError('get_preds takes a loader, not files: get_preds(dl=predictor.dls.test_dl(files)), or predict(files)')
         if with_loss: raise ValueError('an exported file has no loss, only the meaning of the outputs: get_preds(with_loss=True) is for the learner')
         batches = [self._of_batch(batch, with_input, with_targs) for batch in (ordered(dl) if reorder else dl)]
         inputs, raw, targets = [to_concat(list(o), concat_dim, getattr(self.output, 'fills_up', False)) for o in zip(*batches)] or [None] * 3

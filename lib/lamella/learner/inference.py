@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/40_learner/01_inference.ipynb #7236d162
 from __future__ import annotations
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..base.limits import as_numbers
 from ..base.nested import find_bs, map_nested, to_detach, to_device
+from ..base.registry import checked_keywords
 from ..data.inference import InferencePipeline
 from ..data.loader import DataLoader
 from ..data.new_items import read_items, samples_of
@@ -68,16 +70,29 @@ class Inference:
         "What the model does"
         return self.pipeline.task or _TASK_OF_LOSS.get(type(self.output).__name__)
 
+    @checked_keywords
     def predict(self,
         item: Any,                     # what is predicted, see the table
         bs: int = 64,                  # items a batch, if there are many
         num_workers: int | None = None, # processes that read many items; found out if not given
         on_error: str = 'raise',       # one of many that cannot be read: 'raise', or 'skip' it
+        rm_type_tfms: Any = None,      # how many of the first transforms of the inputs the item has behind it: a number, or one for each input
+        with_input: bool = False,      # of one item: the transformed input first
     ) -> Any:                          # a `Prediction`, or `Predictions` of many
         "Predict one item or many"
-        if isinstance(item, (DataLoader, torch.utils.data.DataLoader)): return self.predict_loader(item)
-        items = several(item, self.pipeline.item_kind, self.pipeline.opens_files)
-        return self.predict_item(item) if items is None else self.predict_items(items, bs, num_workers, on_error)
+        if rm_type_tfms is not None: return self._without_first(rm_type_tfms).predict(item, bs, num_workers, on_error, None, with_input)
+        is_loader = isinstance(item, (DataLoader, torch.utils.data.DataLoader))
+        items = item if is_loader else several(item, self.pipeline.item_kind, self.pipeline.opens_files)
+        if items is not None and with_input: raise ValueError('with_input=True is for one item: the inputs of many are given by get_preds(dl=dls.test_dl(items), with_input=True)')
+        if items is not None: return self.predict_loader(item) if is_loader else self.predict_items(items, bs, num_workers, on_error)
+        sample, found = self.with_input(item)
+        return (sample[0], *found) if with_input else found
+
+    def _without_first(self, steps: Any) -> Inference:
+        "The same, for items that have some steps behind them"
+        made = copy.copy(self)
+        made.pipeline = self.pipeline.without_first(steps)
+        return made
 
     def predict_item(self,
         item: Any,       # of the kind of the source, or what the first block opens

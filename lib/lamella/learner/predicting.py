@@ -132,11 +132,7 @@ class Predicting(Fitting):
     ) -> Any:                          # (label, decision, probabilities), `Predictions` of many
         "Predict new items"
         self.model.to(self.dls.device)
-        inference = self.inference()
-        if rm_type_tfms is not None: inference.pipeline = inference.pipeline.without_first(rm_type_tfms)
-        if not with_input: return inference.predict(item, bs, num_workers, on_error)
-        sample, found = inference.with_input(item)
-        return (sample[0], *found)
+        return self.inference().predict(item, bs, num_workers, on_error, rm_type_tfms, with_input)
 
     # ---- looking
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ..base.registry import printable
 from ..data.failures import Failures
 
 if TYPE_CHECKING:
@@ -92,7 +93,14 @@ def _plain(x: Any) -> Any:
 
 def _by_name(prediction: Prediction) -> dict[str, Any]:
     found = prediction.probabilities or dict(enumerate(prediction[2].flatten().tolist()))
-    return {str(name): _plain(p) for name, p in found.items()}
+    named: dict[str, Any] = {}
+    for name, p in found.items(): named[_unused(str(name), named)] = _plain(p)
+    return named
+
+def _unused(name: Any, used: Container[Any]) -> Any:
+    "A name that is taken gets a '_' at its end: 1 and '1' are two classes"
+    while name in used: name = f'{name}_'
+    return name
 
 def _as_class(prediction: Prediction) -> dict[str, Any]:
     if prediction[1].dim() or prediction[2].dim() != 1: return _as_value(prediction)
@@ -168,7 +176,7 @@ class Predictions(list):
         return pd.DataFrame([_row(item, o) for item, o in zip(self.items, self)], columns=None if len(self) else ['item', 'label'])
 
     def __repr__(self) -> str: # such as "3 predictions: a.jpg dog 0.75, ..."
-        first = ', '.join(f'{name_in_table(item)} {_in_words(o)}' for item, o in list(zip(self.items, self))[:3])
+        first = ', '.join(f'{printable(str(name_in_table(item)))} {_in_words(o)}' for item, o in list(zip(self.items, self))[:3])
         return f"{len(self)} predictions{': ' if len(self) else ''}{first}{', ...' if len(self) > 3 else ''}"
 
     def _repr_html_(self) -> str: return self.to_frame().to_html(max_rows=20)
@@ -184,10 +192,8 @@ def _row(item: Any, prediction: Prediction) -> dict[Any, Any]:
     "One line of the table; a class that is called like one of the first columns gets a '_' at its end"
     row: dict[Any, Any] = {'item': name_in_table(item), **_said(prediction)}
     several = isinstance(prediction.classes, tuple)
-    for o in [] if several or prediction.task == 'detection' or prediction[2].dim() != 1 else prediction.classes or []:
-        name = o
-        while name in row: name = f'{name}_'
-        row[name] = prediction.probabilities[o]
+    if several or prediction.task == 'detection' or prediction[2].dim() != 1: return row
+    for name, p in zip(prediction.classes or [], prediction[2].tolist()): row[_unused(name, row)] = p
     return row
 
 def _said(prediction: Prediction) -> dict[str, Any]:
@@ -200,4 +206,5 @@ def _said(prediction: Prediction) -> dict[str, Any]:
 
 def _in_words(prediction: Prediction) -> str:
     if isinstance(prediction.label, torch.Tensor): return f'{type(prediction.label).__name__}{tuple(prediction.label.shape)}'
-    return f'{prediction.label}' if not isinstance(prediction.probability, float) else f'{prediction.label} {prediction.probability:.2f}'
+    said = printable(str(prediction.label))
+    return said if not isinstance(prediction.probability, float) else f'{said} {prediction.probability:.2f}'

@@ -84,7 +84,7 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def _from_floats(array: np.ndarray) -> np.ndarray:
     "0..1 to 0..255"
-    if array.size and (array.min() < 0 or array.max() > 1): raise ValueError(
+    if array.size and not (array.min() >= 0 and array.max() <= 1): raise ValueError(
         f'an image of floats has values from 0 to 1, these are from {array.min():.3g} to {array.max():.3g}: divide them by their range, or give uint8')
     return (array * 255 + 0.5).astype(np.uint8)
 
