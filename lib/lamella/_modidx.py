@@ -1238,6 +1238,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lamella.cli.evaluate.score_numbers': ( '81_cli/evaluate.html#score_numbers',
                                                                               'lamella/cli/evaluate.py')},
             'lamella.cli.images': { 'lamella.cli.images._augmentation': ('81_cli/images.html#_augmentation', 'lamella/cli/images.py'),
+                                    'lamella.cli.images._below': ('81_cli/images.html#_below', 'lamella/cli/images.py'),
                                     'lamella.cli.images._checked_valid': ('81_cli/images.html#_checked_valid', 'lamella/cli/images.py'),
                                     'lamella.cli.images._folder': ('81_cli/images.html#_folder', 'lamella/cli/images.py'),
                                     'lamella.cli.images._is_metric': ('81_cli/images.html#_is_metric', 'lamella/cli/images.py'),

@@ -5,6 +5,7 @@
 # %% ../../../nbs/81_cli/03_images.ipynb #e223006b
 from __future__ import annotations
 import inspect
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,7 +82,9 @@ def read_table(
     files = [_folder(o)/f'{name}{o.suffix}' for name in table[column_of(table, o.fn_col)]]
     missing = [file for file in files if not file.is_file()]
     if missing: raise FileNotFoundError(f"{len(missing)} of the {len(files)} pictures in '{o.path}' are not there, such as '{missing[0]}': --images gives their folder, --fn-col the column of their names, --suffix what these lack")
-    return table
+    return table.assign(**{column_of(table, o.fn_col): [_below(_folder(o), name) for name in table[column_of(table, o.fn_col)]]})
+
+def _below(folder: Path, name: Any) -> Any: return os.path.relpath(name, folder) if os.path.isabs(str(name)) else name
 
 def _folder(o: SimpleNamespace) -> Path: return Path(o.images or Path(o.path).parent)
 
@@ -101,7 +104,7 @@ def _of_table(o: SimpleNamespace, table: pd.DataFrame, **kwargs: Any) -> DataLoa
 
 def _checked_valid(table: pd.DataFrame, name: str) -> str:
     "A column that says of each picture whether it is to check with: words other than true and false would all be true"
-    if set(table[name].unique()) - {True, False}: raise click.UsageError(f"the column '{name}' of --valid-col has other values than true and false, or 1 and 0, such as '{next(o for o in table[name] if o not in (True, False))}'")
+    if set(table[name].unique()) - {True, False}: raise click.UsageError(f"the column '{name}' of --valid-col takes true and false, or 1 and 0, and has {', '.join(map(str, table[name].unique()[:5]))}")
     if table[name].nunique() < 2: raise click.UsageError(f"the column '{name}' of --valid-col is the same for all pictures: some are to learn from (0), some to check with (1)")
     return name
 
