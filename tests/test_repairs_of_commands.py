@@ -179,3 +179,21 @@ def test_every_picture_has_a_row():
     assert list(row) == ['file', 'label', 'score', 'left', 'top', 'right', 'bottom'] and row['label'] == ''
     found = _with_all_classes({'classes': {'sky': 1.}}, ['sky', 'tree'])
     assert json.dumps(rows_of('a.jpg', found)) == '[{"file": "a.jpg", "sky": 1.0, "tree": 0.0}]'
+
+
+# Stopped
+
+@pytest.mark.parametrize('event', ['after_batch', 'after_epoch'])
+def test_a_signal_while_the_checkpoint_decides_is_for_the_next_batch(tmp_path, monkeypatch, event):
+    "It used to leave without a file, and to say that there was one"
+    from lamella.callbacks.checkpoint import Checkpoint
+    keeper, files = StoppableCheckpoint(tmp_path), []
+    keeper._in_epochs = True
+    def _decides(self):
+        if self._due(): files.append(event)
+        self.signum = 15 # comes a moment later
+    monkeypatch.setattr(Checkpoint, '_due', lambda self: False)
+    monkeypatch.setattr(Checkpoint, event, _decides)
+    getattr(keeper, event)()
+    with pytest.raises(KeyboardInterrupt): getattr(keeper, event)()
+    assert files == [event]
