@@ -1,5 +1,6 @@
 """The command line, as a person uses it: words in, text and exit codes out; killed in the middle, and gone on with."""
 import csv
+import io
 import json
 import os
 import signal
@@ -188,9 +189,9 @@ def test_predict_in_every_format(capsys, model, pets, tmp_path):
     assert json.loads((tmp_path/'out.json').read_text())[0]['label'] == 'cat'
 
 
-def test_predict_reads_names(model, pets):
-    done = run('predict', model, '-', '--format', 'jsonl', input='\n'.join(str(o) for o in sorted(pets.glob('*/*.jpg'))*2))
-    assert len(done.stdout.splitlines()) == 24
+def test_predict_reads_names(capsys, model, pets, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(str(o) for o in sorted(pets.glob('*/*.jpg'))*2)))
+    assert len(here(capsys, 'predict', model, '-', '--format', 'jsonl').splitlines()) == 24
 
 
 def test_a_closed_pipe_is_quiet():

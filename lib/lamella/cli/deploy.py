@@ -23,11 +23,13 @@ def _export(model: str, format: str, out: str | None, overwrite: bool, opset: in
     method, ending = _FORMATS[format]
     target = Path(out) if out else Path(model).with_suffix(ending)
     if target.exists() and not overwrite: raise click.UsageError(f"'{target}' is there already: --overwrite replaces it, --out gives another name")
+    if target.resolve() == Path(model).resolve(): raise click.UsageError(f"'{target}' is the model itself: --out gives another name")
     if (opset or int8 or calibration) and format != 'onnx': raise click.UsageError(f'--opset, --int8 and --calibration are for --format onnx, not for {format}')
     if calibration and not int8: raise click.UsageError('--calibration is for --int8')
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = getattr(opened_predictor(model, trust=trust), method)(target.resolve(), **_onnx_options(opset, int8, calibration))
-    click.echo(f'Saved {target} ({as_size(Path(made).stat().st_size)}), which predicts as {model} does.')
+    options = _onnx_options(opset, int8, calibration)
+    made = getattr(opened_predictor(model, trust=trust), method)(target.resolve(), **options)
+    click.echo(f'Saved {target} ({as_size(Path(made).stat().st_size)}), which predicts {"nearly " * int8}as {model} does.')
 
 def _onnx_options(opset: int | None, int8: bool, calibration: str | None) -> dict[str, Any]:
     "Arguments of `to_onnx`, where they were given"
@@ -35,7 +37,9 @@ def _onnx_options(opset: int | None, int8: bool, calibration: str | None) -> dic
     if int8: options['int8'] = True
     if calibration is None: return options
     from lamella.data.sources import get_image_files
-    return {**options, 'calibration': list(get_image_files(calibration)[:64])}
+    pictures = list(get_image_files(calibration)[:64])
+    if not pictures: raise click.UsageError(f"there are no pictures in the folder '{calibration}', which --calibration needs")
+    return {**options, 'calibration': pictures}
 
 export = Command('export', callback=_export, short_help='Write a model for other programs: ONNX, TorchScript.', help='''Write a model for other programs. Normalisation and activation are inside the file, and it is checked to predict the same.
 

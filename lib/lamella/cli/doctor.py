@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from .messages import as_table, one_line
-from .options import Command, Option
+from .options import Command, Device, Option
 
 # %% auto #0
 __all__ = ['doctor', 'extras', 'version_of', 'machine_rows', 'extra_rows', 'draw_pictures', 'self_test']
@@ -122,4 +122,4 @@ def _doctor(device: str | None, test: bool) -> None:
 doctor = Command('doctor', callback=_doctor, short_help='Is everything there, and does it work?', help='''Is everything there, and does it work? Versions, device, workers, memory, optional packages; then a small network is trained, exported, loaded and compared.
 
 The exit code is 1 if that fails. Send the output along when you ask for help.''', params=[
-    Option(['--test/--no-test'], default=True, help='Run the self-test.'), Option(['--device'], help='Where to run it; the best device that is there if not given.')])
+    Option(['--test/--no-test'], default=True, help='Run the self-test.'), Option(['--device'], type=Device(), help='Where to run it; the best device that is there if not given.')])

@@ -38,7 +38,7 @@ def _of_table(o: SimpleNamespace) -> list[tuple[str, Any]]:
     from lamella.cli.images import column_of, read_table
     table = read_table(o)
     folder, files, labels = Path(o.images or Path(o.path).parent), table[column_of(table, o.fn_col)], table[column_of(table, o.label_col)]
-    return [(str(folder/f'{name}{o.suffix}'), label) for name, label in zip(files, labels)]
+    return [(str(folder/f'{name}{o.suffix}'), label) for name, label in zip(files, labels)] or _nothing(f"there are no rows in '{o.path}'")
 
 # %% ../../../nbs/81_cli/09_evaluate.ipynb #5b333b57
 def _share(a: float, b: float) -> float | None: return a / b if b else None

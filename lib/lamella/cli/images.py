@@ -5,6 +5,7 @@
 # %% ../../../nbs/81_cli/03_images.ipynb #e223006b
 from __future__ import annotations
 import inspect
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,11 +76,15 @@ def read_table(
 ) -> pd.DataFrame:      # a row for each picture
     "The table of a source, in which every picture that it names is there"
     import pandas as pd
-    table = pd.read_csv(o.path, sep=o.delimiter)
+    try: table = pd.read_csv(o.path, sep=o.delimiter)
+    except Exception as error: raise click.UsageError(f"'{o.path}' cannot be read as a table with '{o.delimiter}' between its columns (--delimiter): {error}") from error
+    if not len(table): raise click.UsageError(f"there are no rows in '{o.path}'")
     files = [_folder(o)/f'{name}{o.suffix}' for name in table[column_of(table, o.fn_col)]]
     missing = [file for file in files if not file.is_file()]
     if missing: raise FileNotFoundError(f"{len(missing)} of the {len(files)} pictures in '{o.path}' are not there, such as '{missing[0]}': --images gives their folder, --fn-col the column of their names, --suffix what these lack")
-    return table
+    return table.assign(**{column_of(table, o.fn_col): [_below(_folder(o), name) for name in table[column_of(table, o.fn_col)]]})
+
+def _below(folder: Path, name: Any) -> Any: return os.path.relpath(name, folder) if os.path.isabs(str(name)) else name
 
 def _folder(o: SimpleNamespace) -> Path: return Path(o.images or Path(o.path).parent)
 
@@ -93,9 +98,15 @@ def column_of(
     raise click.UsageError(f"there is no column '{name}' in the table.{did_you_mean(str(name), map(str, table.columns))} It has {', '.join(map(str, table.columns))}")
 
 def _of_table(o: SimpleNamespace, table: pd.DataFrame, **kwargs: Any) -> DataLoaders:
-    valid = None if o.valid_col is None else column_of(table, o.valid_col)
+    valid = None if o.valid_col is None else _checked_valid(table, column_of(table, o.valid_col))
     return ImageDataLoaders.from_df(table, _folder(o), valid_pct=o.valid_pct or 0.2, fn_col=column_of(table, o.fn_col), label_col=column_of(table, o.label_col),
         suff=o.suffix, valid_col=valid, **_shared(o), **kwargs)
+
+def _checked_valid(table: pd.DataFrame, name: str) -> str:
+    "A column that says of each picture whether it is to check with: words other than true and false would all be true"
+    if set(table[name].unique()) - {True, False}: raise click.UsageError(f"the column '{name}' of --valid-col takes true and false, or 1 and 0, and has {', '.join(map(str, table[name].unique()[:5]))}")
+    if table[name].nunique() < 2: raise click.UsageError(f"the column '{name}' of --valid-col is the same for all pictures: some are to learn from (0), some to check with (1)")
+    return name
 
 def from_csv(
     o: SimpleNamespace, # values of the options
@@ -111,6 +122,7 @@ def numbers_from_csv(
     table = read_table(o)
     column = column_of(table, o.label_col)
     if table[column].dtype.kind not in 'iuf': raise click.UsageError(f"the column '{column}' has no numbers: --label-col gives another one")
+    if missing := table[column].isna().sum(): raise click.UsageError(f"{missing} of the {len(table)} rows have no number in the column '{column}'")
     return _of_table(o, table, y_block=RegressionBlock)
 
 def masks_from_folder(
@@ -123,7 +135,8 @@ def boxes_from_coco(
     o: SimpleNamespace, # values of the options
 ) -> DataLoaders:       # training and validation
     "Loaders of pictures with boxes"
-    return DetectionDataLoaders.from_coco(o.path, o.images, o.valid_json, o.valid_images, valid_pct=o.valid_pct or 0.2, **_shared(o, 8, max_warp=0., max_rotate=0.))
+    try: return DetectionDataLoaders.from_coco(o.path, o.images, o.valid_json, o.valid_images, valid_pct=o.valid_pct or 0.2, **_shared(o, 8, max_warp=0., max_rotate=0.))
+    except FileNotFoundError as error: raise FileNotFoundError(f'{error}: --images, and --valid-images for --valid-json') from error
 
 # %% ../../../nbs/81_cli/03_images.ipynb #2b084e4c
 def chosen_metrics(

@@ -35,12 +35,13 @@ class StoppableCheckpoint(Checkpoint):
     def _due(self) -> bool: return bool(self.signum) or super()._due()
 
     def after_batch(self) -> None:
+        heard = self.signum # one that comes while this runs may be too late for the file, and is for the next batch
         super().after_batch()
-        if self._in_epochs: self._leave()
+        if heard and self._in_epochs: self._leave()
 
     def after_epoch(self) -> None:
+        heard = self.signum
         super().after_epoch()
-        self._leave()
+        if heard: self._leave()
 
-    def _leave(self) -> None:
-        if self.signum: raise Stopped(self.signum)
+    def _leave(self) -> None: raise Stopped(self.signum)

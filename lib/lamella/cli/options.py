@@ -4,7 +4,9 @@
 
 # %% ../../../nbs/81_cli/01_options.ipynb #f0f06377
 from __future__ import annotations
+import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import click
 from ..base.registry import did_you_mean
 
 # %% auto #0
-__all__ = ['Option', 'Argument', 'read_config', 'config_of', 'as_yaml', 'Command', 'Group', 'Size', 'NumberOr']
+__all__ = ['Option', 'Argument', 'read_config', 'config_of', 'as_yaml', 'Command', 'Group', 'Size', 'Device', 'NumberOr']
 
 # %% ../../../nbs/81_cli/01_options.ipynb #1f9379c5
 class Option(click.Option):
@@ -76,8 +78,17 @@ def _use_config(ctx: click.Context, param: click.Parameter, file: str | None) ->
     known = {p.name: p for p in ctx.command.params if p.expose_value}
     for name in values.keys() - known.keys(): raise click.BadParameter(
         f"'{file}' has '{name.replace('_', '-')}', which '{ctx.command_path}' does not take.{did_you_mean(name, known).replace('_', '-')}")
-    listed = lambda name, value: [value] if getattr(known[name], 'multiple', False) and not isinstance(value, list) else value
-    ctx.default_map = {**(ctx.default_map or {}), **{name: listed(name, value) for name, value in values.items()}}
+    ctx.default_map = {**(ctx.default_map or {}), **{name: _as_typed(known[name], value, file) for name, value in values.items()}}
+
+def _hyphens(name: str | None) -> str: return (name or '').replace('_', '-')
+
+def _as_typed(param: click.Parameter, value: Any, file: str) -> Any:
+    "A value of a file as click reads it: like the words of the command line"
+    many, values = getattr(param, 'multiple', False) or param.nargs != 1, value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not many or any(isinstance(o, (list, dict)) for o in values):
+        raise click.BadParameter(f"'{file}' has {'several values' if isinstance(value, list) else 'names and values'} for '{_hyphens(param.name)}', which takes {'a list of words' if many else 'one value'}: {value}")
+    plain = [o if isinstance(o, bool) else str(o) for o in values]
+    return plain if many else plain[0]
 
 def _words(ctx: click.Context) -> dict[str, str]:
     "The words that lead to a command, by what they are: {'command': 'train', 'task': ...}"
@@ -154,8 +165,18 @@ class Group(click.Group):
         file = _config_in(args)
         if file is not None and not any(o in self.commands for o in args):
             name = read_config(file).get(self.key)
-            if name is not None: args = [str(name), *args]
+            if name is None: raise click.UsageError(f"'{file}' does not say which {self.key} it is for: put one in front of --config, or a line '{self.key}: ...' into it. There are {', '.join(self.commands)}", ctx)
+            args = [str(name), *args]
         return super().parse_args(ctx, args)
+
+    def resolve_command(self,
+        ctx: click.Context, # of the group
+        args: list[str],    # the name of a command, and the words behind it
+    ) -> tuple[str | None, click.Command | None, list[str]]: # name, command, the words behind it
+        "Find a command; a wrong name is answered with those that there are"
+        if self.get_command(ctx, args[0]) is None and args[0][:1] != '-' and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command '{args[0]}'.{did_you_mean(args[0], self.commands)} There are {', '.join(self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def list_commands(self,
         ctx: click.Context, # of the group
@@ -166,8 +187,8 @@ class Group(click.Group):
 def _config_in(args: Sequence[str]) -> str | None:
     "The file behind `--config`"
     for word, following in zip(args, [*args[1:], '']):
-        if word == '--config' and Path(following).is_file(): return following
-        if word.startswith('--config=') and Path(word[9:]).is_file(): return word[9:]
+        if word == '--config' and following: return following
+        if word.startswith('--config='): return word[9:]
     return None
 
 # %% ../../../nbs/81_cli/01_options.ipynb #7db4b1a3
@@ -184,6 +205,19 @@ class Size(click.ParamType):
         parts = str(value).lower().split('x')
         if len(parts) <= 2 and all(o.isdigit() and int(o) for o in parts): return str(value)
         return self.fail(f"{value!r} is not a size: 224, or 224x160 for height and width", param, ctx)
+
+class Device(click.ParamType):
+    "Where to compute"
+    name = 'name'
+
+    def convert(self,
+        value: Any,                    # as it was written
+        param: click.Parameter | None, # the option
+        ctx: click.Context | None,     # of the command
+    ) -> str:                          # checked for its form; whether it is there is known later
+        "Check that it is a name such as 'cpu' or 'cuda:1'"
+        if re.fullmatch(r'(cpu|cuda|mps|xpu|hpu|npu|xla)(:\d+)?', str(value)): return str(value)
+        return self.fail(f"{value!r} is no device: 'cpu', 'cuda', 'cuda:1' (the second GPU), 'mps'", param, ctx)
 
 class NumberOr(click.ParamType):
     "A positive number, or one of some words"
@@ -203,4 +237,5 @@ class NumberOr(click.ParamType):
         if str(value) in self.words: return str(value)
         try: number = int(str(value)) if self.whole else float(value)
         except (ValueError, TypeError): return self.fail(f"{value!r} is neither a {'whole ' * self.whole}number nor {' or '.join(map(repr, self.words))}.{did_you_mean(str(value), self.words)}", param, ctx)
+        if not math.isfinite(number): return self.fail(f'{value!r} is not a number to compute with', param, ctx)
         return number if number > 0 or self.zero and number == 0 else self.fail(f'{value!r} is too small', param, ctx)

@@ -17,7 +17,7 @@ from typing import IO, Any
 import click
 
 from .messages import as_cell, as_table
-from .options import Argument, Command, Option
+from .options import Argument, Command, Device, Option
 
 # %% auto #0
 __all__ = ['Found', 'WRITERS', 'MODEL', 'DEVICE', 'TRUST', 'COMPUTING', 'predict', 'expand', 'rows_of', 'shortened',
@@ -52,9 +52,11 @@ def rows_of(
     top: int | None = None, # how many of the classes; all of them if not given
 ) -> list[dict[str, Any]]:  # cells by column
     "A prediction as rows of a table"
-    if 'boxes' in found: return [{'file': item, 'label': o['label'], 'score': o['score'], **dict(zip(('left', 'top', 'right', 'bottom'), o['box']))} for o in found['boxes']]
+    if 'boxes' in found: return [{'file': item, 'label': o['label'], 'score': o['score'], **dict(zip(_SIDES, o['box']))} for o in found['boxes']] or [{'file': item, 'label': '', **dict.fromkeys(('score', *_SIDES))}]
     if 'targets' in found: return [{'file': item, **{f'{name}_{k}': value for k, o in enumerate(found['targets']) for name, value in rows_of(item, o, top)[0].items() if name != 'file'}}]
     return [{'file': item, **_cells(found, top)}]
+
+_SIDES = 'left', 'top', 'right', 'bottom'
 
 def _cells(found: dict[str, Any], top: int | None) -> dict[str, Any]:
     if 'labels' in found: return {'labels': ';'.join(map(str, found['labels'])), **found['probabilities']}
@@ -132,10 +134,15 @@ def predict_files(
 def _piece(predictor: Any, files: list[str], on_error: str, kwargs: dict[str, Any]) -> Found:
     found = predictor.predict(files, on_error=on_error, **kwargs)
     for bad in found.failures: click.echo(f"Skipped {bad.file}: {' '.join(bad.reason.split())}", err=True)
-    return zip(map(str, found.items), [o.to_dict() for o in found])
+    return zip(map(str, found.items), [_with_all_classes(o.to_dict(), predictor.vocab) for o in found])
+
+def _with_all_classes(found: dict[str, Any], vocab: Any) -> dict[str, Any]:
+    "A mask tells of the classes that it has; the columns of a table are the same for all pictures"
+    if 'classes' not in found: return found
+    return {**found, 'classes': {**{str(name): 0. for name in vocab or ()}, **found['classes']}}
 
 MODEL = Argument(['model'], about="The file that 'lamella train' or learn.export() wrote.", type=click.Path(exists=True, dir_okay=False))
-DEVICE = Option(['--device'], default='cpu', group='Computing', help="Where to compute: 'cpu', 'cuda', 'cuda:1', 'mps'.")
+DEVICE = Option(['--device'], type=Device(), default='cpu', group='Computing', help="Where to compute: 'cpu', 'cuda', 'cuda:1', 'mps'.")
 TRUST = Option(['--trust'], is_flag=True, group='Computing', help='Run code that the file names: only for files of your own.')
 COMPUTING = [Option(['--bs'], type=click.IntRange(1), default=64, group='Computing', help='Pictures at once.'),
     Option(['--workers'], type=click.IntRange(0), group='Computing', help='Processes that read pictures; chosen by their number if not given.'), DEVICE, TRUST]
@@ -149,14 +156,23 @@ def opened_predictor(
     from lamella.export import load_learner
     return load_learner(model, device=device, trust=trust)
 
-def _predict(model: str, paths: tuple[str, ...], format: str, out: str | None, top: int | None, on_error: str, bs: int, workers: int | None, device: str, trust: bool) -> None:
+def _predict(model: str, paths: tuple[str, ...], format: str, out: str | None, overwrite: bool, top: int | None, on_error: str, bs: int, workers: int | None, device: str, trust: bool) -> None:
+    if out is not None and Path(out).exists() and not overwrite: raise click.UsageError(f"'{out}' is there already: --overwrite replaces it, --out gives another name")
     files = expand(paths, sys.stdin if '-' in paths else ())
+    if out is not None and Path(out).resolve() in {Path(o).resolve() for o in (model, *files)}: raise click.UsageError(f"'{out}' is read, and would be replaced: --out gives another name")
     predictor = opened_predictor(model, device, trust)
     found = predict_files(predictor, files, on_error, bs=bs, num_workers=workers)
     if out is None: return WRITERS[format](found, top, sys.stdout)
     from lamella.base.files import atomic_write
-    with atomic_write(Path(out)) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as file: WRITERS[format](found, top, file)
-    click.echo(f'{len(files)} pictures, written to {out}', err=True)
+    told: list[str] = []
+    with atomic_write(Path(out)) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as file: WRITERS[format](_counted(found, told), top, file)
+    click.echo(f'{len(told)} pictures, written to {out}', err=True)
+
+def _counted(found: Found, told: list[str]) -> Found:
+    "The same, and the names of those that went by"
+    for item, o in found:
+        told.append(item)
+        yield item, o
 
 predict = Command('predict', callback=_predict, short_help='What a model says of pictures.', help='''What a model says of pictures.
 
@@ -167,5 +183,6 @@ predict = Command('predict', callback=_predict, short_help='What a model says of
     Argument(['paths'], about="Pictures, folders of them, patterns such as 'photos/*.jpg'; '-' reads names from the standard input.", nargs=-1, required=True),
     Option(['--format'], type=click.Choice(list(WRITERS)), default='table', group='Output', help='What to write.'),
     Option(['--out'], type=click.Path(dir_okay=False), group='Output', help='File to write to.'),
+    Option(['--overwrite'], is_flag=True, group='Output', help='Replace it if it is there.'),
     Option(['--top'], type=click.IntRange(1), group='Output', help='How many of the most probable classes; the first in a table, all otherwise, if not given.'),
     Option(['--on-error'], type=click.Choice(['raise', 'skip']), default='raise', group='Output', help='What to do about a picture that cannot be read.'), *COMPUTING])

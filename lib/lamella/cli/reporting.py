@@ -6,6 +6,7 @@
 from __future__ import annotations
 from collections import Counter
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .messages import as_cell, as_size, as_table
@@ -100,9 +101,11 @@ def confusions(
 def next_steps(
     model: Path,             # the exported file
     evaluates: bool = False, # there is an `evaluate` for the task
+    task: str | None = None, # of the loaders
 ) -> str:                    # lines
     "What can be typed now"
-    rows = [(f'lamella predict {model} PICTURES', 'what it says of other pictures, or whole folders of them'), (f'lamella serve {model}', 'a page to drop pictures on, and an HTTP server'),
-        (f'lamella export {model} --format onnx', 'a file for other programs')]
-    if evaluates: rows.insert(1, (f'lamella evaluate {model} from-folder PATH', 'how good it is on other pictures'))
+    name = quote(str(model))
+    rows = [(f'lamella predict {name} PICTURES', 'what it says of other pictures, or whole folders of them'), (f'lamella serve {name}', 'a page to drop pictures on, and an HTTP server')]
+    if task != 'detection': rows.append((f'lamella export {name} --format onnx', 'a file for other programs')) # exporters cannot follow detectors
+    if evaluates: rows.insert(1, (f"lamella evaluate {name} {'from-folder PATH' if task in (None, 'classification') else 'from-csv TABLE'}", 'how good it is on other pictures'))
     return f'Saved {model} ({as_size(model.stat().st_size)}). Next:\n{as_table(rows, indent="  ")}'

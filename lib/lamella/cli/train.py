@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import Command, Group, NumberOr, Option, config_of
+from .options import Command, Device, Group, NumberOr, Option, config_of
 from .tasks import TASKS, Source, Task
 
 # %% auto #0
@@ -24,7 +24,7 @@ COMMON: list[Option] = [
     Option(['--early-stop'], type=click.IntRange(1), group='Training', metavar='N', help='Stop when nothing has become better for N epochs.'),
     Option(['--best'], is_flag=True, group='Training', help='Keep the best epoch instead of the last.'),
     Option(['--precision'], type=click.Choice(['fp32', 'fp16', 'bf16']), default='fp32', group='Training', help='How exactly is computed; fp16 and bf16 are faster on newer GPUs.'),
-    Option(['--device'], group='Training', help="'cpu', 'cuda', 'cuda:1', 'mps'; the best that is there if not given."),
+    Option(['--device'], type=Device(), group='Training', help="'cpu', 'cuda', 'cuda:1', 'mps'; the best that is there if not given."),
     Option(['--seed'], type=int, default=42, group='Training', help='Decides all that is random.'),
     Option(['--out'], type=click.Path(dir_okay=False), default='model.pkl', group='Output', help='File of the model.'),
     Option(['--overwrite'], is_flag=True, group='Output', help='Replace it if it is there.'),

@@ -4,10 +4,12 @@
 
 # %% ../../../nbs/81_cli/06_training.ipynb #a3a729ff
 from __future__ import annotations
-import logging
+import os
+import tempfile
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -18,13 +20,13 @@ from ..callbacks.best import SaveModelCallback
 from ..callbacks.log_files import CSVLogger, JSONLogger
 from ..callbacks.stopping import EarlyStoppingCallback
 from .interrupts import StoppableCheckpoint
-from .messages import Stopped
+from .messages import Stopped, one_line
 from .options import as_yaml
 from .reporting import confusions, describe_data, describe_model, missing_classes, next_steps, result_table
 from .tasks import Source, Task, function_at
 
 # %% auto #0
-__all__ = ['RunFolder', 'fit', 'log_callback', 'callbacks_of', 'make_learner', 'run_training']
+__all__ = ['RunFolder', 'fit', 'checked_strategy', 'log_file', 'log_callback', 'callbacks_of', 'make_learner', 'run_training']
 
 # %% ../../../nbs/81_cli/06_training.ipynb #630745bd
 _FREE = {'resume', 'overwrite', 'workers', 'device', 'checkpoint', 'checkpoint_every', 'debug'} # may be others when a run goes on
@@ -36,14 +38,28 @@ class RunFolder:
         config: dict[str, Any],  # all that the run was asked for, to be written
     ):
         self.out, self.config, self.resume = Path(o.out), config, o.resume
-        self.folder = Path(o.checkpoint) if o.checkpoint else self.out.with_suffix('.checkpoint')
-        if self.out.is_dir(): raise click.UsageError(f"--out is a file, and '{self.out}' is a folder")
-        if self.out.exists() and not o.overwrite: raise click.UsageError(f"'{self.out}' is there already: --overwrite replaces it, --out gives another name")
+        self.folder = Path(o.checkpoint) if o.checkpoint else Path(f'{os.path.splitext(self.out)[0]}.checkpoint')
+        self.best, self._running = 'best.pth' if o.best else '', None
+        self._check_places(o)
 
     @property
     def file(self) -> Path: # YAML
         "What the run was asked for"
         return self.folder/'run.yaml'
+
+    def _check_places(self, o: SimpleNamespace) -> None:
+        "Nothing that is there already is replaced unasked"
+        if self.out.is_dir(): raise click.UsageError(f"--out is a file, and '{self.out}' is a folder")
+        if self.out.resolve() == self.folder.resolve(): raise click.UsageError(f"--out and --checkpoint are both '{self.out}': give --out another name")
+        logs = [log_file(kind, self.out) for kind in o.log if kind in ('csv', 'jsonl')]
+        if clash := {self.out.resolve(), *logs} & {Path(found).resolve() for name in ('path', 'weights', 'valid_json') if (found := getattr(o, name, None))}:
+            raise click.UsageError(f"'{clash.pop()}' is read, and would be replaced: --out gives another name")
+        for file in [self.out, *([] if o.resume else logs)]:
+            if file.exists() and not o.overwrite: raise click.UsageError(f"'{file}' is there already: --overwrite replaces it, --out gives another name")
+        left = [name for name in (self.file.name, self.best) if name and (self.folder/name).is_file()]
+        if left and not self._is_ours(): raise click.UsageError(f"'{self.folder}' has a file '{left[0]}' that 'lamella train' did not write: give another --checkpoint")
+
+    def _is_ours(self) -> bool: return self.file.is_file() and self.file.read_bytes().startswith(_MARK.encode())
 
     def files(self) -> list[Path]: # of the library
         "The checkpoints that are there"
@@ -63,19 +79,41 @@ class RunFolder:
         return yaml.safe_load(self.file.read_text(encoding='utf-8')) if self.file.is_file() else {}
 
     def write(self) -> None:
-        "Write down what the run was asked for"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(as_yaml(self.config), encoding='utf-8')
+        "Write down what the run was asked for; one run at a time does so in a folder"
+        for folder in (self.out.parent, self.folder): _need_place(folder)
+        self._running = open(self.file, 'a', encoding='utf-8')
+        _lock(self._running, self.folder)
+        self._running.truncate(0)
+        self._running.write(_MARK + as_yaml(self.config))
+        self._running.flush()
 
     def how_to_go_on(self) -> str: # a line
         "What to type after an interruption"
         if not self.files(): return 'Stopped before there was a checkpoint.'
-        return f"Stopped; '{self.folder}' keeps all that was learned. To go on:\n  lamella train --config {self.file} --resume"
+        return f"Stopped; '{self.folder}' keeps all that was learned. To go on:\n  lamella train --config {quote(str(self.file))} --resume"
 
     def clear(self) -> None:
         "Take away what this run has written, and the folder if it is empty then"
-        for file in [*self.files(), self.file, *self.folder.glob('best.pth')]: file.unlink(missing_ok=True)
+        if self._running is not None: self._running.close()
+        for file in [*self.files(), self.file, *([self.folder/self.best] if self.best else [])]: file.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()): self.folder.rmdir()
+
+_MARK = '# written by lamella train\n'
+
+def _need_place(folder: Path) -> None:
+    "Make a folder, and see before hours of training that it can be written to"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as error: raise OSError(f"nothing can be written to the folder '{folder}' ({error.strerror}): --out gives another place") from error
+
+def _lock(file: IO[str], folder: Path) -> None:
+    "Hold a file until the process ends, however it ends"
+    try: import fcntl
+    except ImportError: return # Windows
+    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error: raise click.UsageError(f"another 'lamella train' is at work in '{folder}': --out or --checkpoint gives another place") from error
+    except OSError: pass # a file system without locks
 
 # %% ../../../nbs/81_cli/06_training.ipynb #6a36067e
 def fit(
@@ -84,10 +122,10 @@ def fit(
     **kwargs: Any,           # arguments of every fit
 ) -> None:
     "Train with the strategy that was asked for"
-    name, _, numbers = (o.strategy or ('fine-tune' if o.pretrained or o.weights else 'one-cycle')).partition(':')
+    name, numbers = checked_strategy(o)
     rate = {} if o.lr is None else {'base_lr': o.lr}
     if name == 'fine-tune': return learn.fine_tune(o.epochs, freeze_epochs=o.freeze_epochs, **rate, **kwargs)
-    if name not in ('one-cycle', 'flat-cos'): return learn.finetune(o.epochs, _strategy(name, _numbers(numbers), o.freeze_epochs), **rate, **kwargs)
+    if name not in ('one-cycle', 'flat-cos'): return learn.finetune(o.epochs, _strategy(name, numbers, o.freeze_epochs), **rate, **kwargs)
     learn.unfreeze()
     (learn.fit_one_cycle if name == 'one-cycle' else learn.fit_flat_cos)(o.epochs, o.lr, **kwargs)
 
@@ -95,30 +133,46 @@ def _numbers(text: str) -> list[int]:
     try: return [int(part) for part in text.split(',') if part]
     except ValueError as error: raise click.UsageError(f"behind the ':' of --strategy are whole numbers, such as freeze-unfreeze:3, not '{text}'") from error
 
+def checked_strategy(
+    o: SimpleNamespace, # values of the options
+) -> tuple[str, list[int]]: # its name, the numbers behind the ':'
+    "The strategy that was asked for; `click.UsageError` if there is none like it"
+    from lamella.learner.strategies import STRATEGIES
+    name, _, text = (o.strategy or ('fine-tune' if o.pretrained or o.weights else 'one-cycle')).partition(':')
+    known, numbers = {o.replace('_', '-') for o in STRATEGIES} | {'fine-tune', 'one-cycle', 'flat-cos'}, _numbers(text)
+    if name not in known: raise click.UsageError(f"there is no strategy '{name}'.{did_you_mean(name, known)} There are {', '.join(sorted(known))}")
+    if name == 'unfreeze-milestones' and len(numbers) != 3: raise click.UsageError('unfreeze-milestones takes two epochs and a number of layers: unfreeze-milestones:2,5,3')
+    most = {'unfreeze-milestones': 3, 'freeze-unfreeze': 1}.get(name, 0)
+    if len(numbers) > most: raise click.UsageError(f"'{name}' takes {'one number' if most else 'no numbers'} behind it, not '{text}': --epochs and --freeze-epochs say how long")
+    return name, numbers
+
 def _strategy(name: str, numbers: list[int], freeze_epochs: int) -> Any:
     "As `learn.finetune` takes it"
-    from lamella.learner.strategies import STRATEGIES
-    known = {o.replace('_', '-') for o in STRATEGIES} | {'fine-tune', 'one-cycle', 'flat-cos'}
-    if name not in known: raise click.UsageError(f"there is no strategy '{name}'.{did_you_mean(name, known)} There are {', '.join(sorted(known))}")
     name = name.replace('-', '_')
-    if name == 'unfreeze_milestones' and len(numbers) != 3: raise click.UsageError('unfreeze-milestones takes two epochs and a number of layers: unfreeze-milestones:2,5,3')
     if name == 'unfreeze_milestones': return name, (tuple(numbers[:2]), numbers[2])
     if name == 'freeze_unfreeze': numbers = numbers or [freeze_epochs]
     return (name, *numbers)
 
 _LOGS = 'csv', 'jsonl', 'tensorboard', 'wandb', 'mlflow'
 
+def log_file(
+    kind: str,  # 'csv', 'jsonl', 'tensorboard'
+    out: Path,  # the model
+) -> Path:      # beside it
+    "Where a log is written"
+    return Path(f"{out.resolve().with_suffix('')}.{kind}")
+
 def log_callback(
     kind: str,  # 'csv', 'jsonl', 'tensorboard', 'wandb', 'mlflow'
     out: Path,  # the model, beside which the log is kept
 ) -> Any:       # a callback
     "What writes down losses and metrics"
-    file = out.resolve().with_suffix('')
-    if kind == 'csv': return CSVLogger(f'{file}.csv')
-    if kind == 'jsonl': return JSONLogger(f'{file}.jsonl')
+    file = log_file(kind, out)
+    if kind == 'csv': return CSVLogger(file)
+    if kind == 'jsonl': return JSONLogger(file)
     if kind == 'tensorboard':
         from lamella.callbacks.tensorboard import TensorBoardCallback
-        return TensorBoardCallback(f'{file}.tensorboard')
+        return TensorBoardCallback(file)
     if kind == 'wandb':
         from lamella.callbacks.wandb import WandbCallback
         return WandbCallback()
@@ -144,7 +198,8 @@ def make_learner(
 ) -> Any:               # a learner that keeps its files beside the model
     "The learner of a task, in the precision that was asked for"
     if o.pretrained and not o.weights: click.echo(f'Loading the pretrained weights of {o.arch}; the first time, they are downloaded')
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR) # it would tell of each new attempt
+    import huggingface_hub.utils # sets the level itself when it is first imported
+    huggingface_hub.utils.logging.set_verbosity_error() # it would tell of each new attempt
     try: learn = function_at(task.learner)(dls, o)
     except ConnectionError as error:
         raise ConnectionError(f'the pretrained weights of {o.arch} cannot be downloaded: --weights FILE takes them from a file, --no-pretrained begins without them') from error
@@ -161,6 +216,7 @@ def run_training(
     o = SimpleNamespace(**values)
     run = RunFolder(o, config)
     goes_on = run.check()
+    checked_strategy(o)
     if o.resume and not goes_on: click.echo(f"There is no checkpoint in '{run.folder}': beginning anew")
     set_seed(o.seed)
     dls = function_at(source.loaders)(o)
@@ -187,10 +243,14 @@ def _train(learn: Any, run: RunFolder, o: SimpleNamespace) -> None:
         raise error if isinstance(error, Stopped) else Stopped(2) from error
 
 def _report(learn: Any, run: RunFolder, task: Task) -> None:
-    "What has become of it, and the file"
-    click.echo(result_table(learn, *range(1, len(learn.dls))))
-    if found := confusions(learn): click.echo(found)
-    run.out.parent.mkdir(parents=True, exist_ok=True)
+    "The file, which comes first, since nothing may cost it; then what has become of it"
     learn.export(run.out.resolve())
     run.clear()
-    click.echo(next_steps(run.out, task.evaluates))
+    try: _tell_results(learn)
+    except Exception as error: click.echo(f'Warning: how good the model is could not be said: {one_line(error)}', err=True)
+    click.echo(next_steps(run.out, task.evaluates, learn.dls.task))
+
+def _tell_results(learn: Any) -> None:
+    filled = [k for k in range(1, len(learn.dls)) if len(learn.dls[k].dataset)]
+    if filled: click.echo(result_table(learn, *filled))
+    if 1 in filled and (found := confusions(learn)): click.echo(found)

@@ -6,9 +6,12 @@
 from __future__ import annotations
 import fnmatch
 import inspect
+import socket
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import nn
 
@@ -43,6 +46,7 @@ class Architecture:
     def _build(self, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         if self.library == 'timm':
             import timm
+            if pretrained and not kwargs.keys() & {'pretrained_cfg', 'pretrained_cfg_overlay'}: _need_hub(self.name)
             return timm.create_model(self.name, pretrained=pretrained, **kwargs)
         from torchvision.models import get_model
         return get_model(self.name, weights='DEFAULT' if pretrained else None, **kwargs)
@@ -62,6 +66,17 @@ _GIVEN = ('num_classes', 'in_chans', 'block', 'layers') # by lamella, or by the 
 def _without_memory(architecture: Architecture) -> nn.Module:
     import torch
     with torch.device('meta'): return architecture._build(False, {})
+
+def _need_hub(name: str) -> None:
+    "Weights that are neither here nor can be reached are an error in seconds; huggingface_hub would try for a minute"
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+    found = timm.get_pretrained_cfg(name)
+    if not getattr(found, 'hf_hub_id', None) or constants.HF_HUB_OFFLINE or getproxies(): return
+    if any(isinstance(try_to_load_from_cache(found.hf_hub_id, o), str) for o in ('model.safetensors', 'pytorch_model.bin', found.hf_hub_filename or 'model.safetensors')): return
+    place = urlsplit(constants.ENDPOINT)
+    try: socket.create_connection((place.hostname or '', place.port or (80 if place.scheme == 'http' else 443)), timeout=5).close()
+    except OSError as error: raise ConnectionError(f"'{place.hostname}' cannot be reached: {error}") from error
 
 def not_loaded(
     name: str,        # whose weights
