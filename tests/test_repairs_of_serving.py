@@ -107,3 +107,19 @@ def test_endless_heads():
                 for _ in range(2000): talk.sendall(b'a' * 10_000)
                 raise AssertionError('20 MB of a head were taken')
         with urlopen(f'{url}/health') as answer: assert answer.status == 200
+
+
+@pytest.mark.parametrize('device', [None, 'cpu'])
+def test_a_learner_is_served_as_a_file_of_it_would_be(tmp_path, device):
+    "With what is known of it, and the same answers"
+    import httpx
+    from conftest import make_photos
+    from lamella.vision.all import ImageDataLoaders, Resize, vision_learner
+    photos = make_photos(tmp_path/'photos', n=4)
+    dls = ImageDataLoaders.from_folder(photos, valid_pct=0.25, seed=1, item_tfms=Resize(32), bs=2, num_workers=0, device='cpu')
+    learn, file = vision_learner(dls, 'test_resnet', pretrained=False), photos/'cat'/'1.jpg'
+    with serving(learn, device=device) as address:
+        info = httpx.get(f'{address}/info', timeout=60).json()
+        found = httpx.post(f'{address}/predict', files={'file': file.read_bytes()}, timeout=60).json()['predictions'][0]
+    assert info['task'] == 'classification' and info['classes'] == ['cat', 'dog'] and info['parameters'] > 1000
+    assert found['probabilities'] == pytest.approx(learn.predict(file).to_dict()['probabilities'], abs=1e-6)

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/80_serve/04_running.ipynb #530b4397
 from __future__ import annotations
+import copy
 import io
 import os
 import socket
@@ -36,9 +37,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _load(model: Any, device: Any, trust: bool) -> Any:
     "A file, a predictor or a learner; what can predict samples"
-    from lamella.export import load_learner
+    from lamella.export import Predictor, load_learner
     if isinstance(model, (str, os.PathLike)): return _tried(load_learner(model, device=device, trust=trust))
-    if not hasattr(model, 'predict_samples') and hasattr(model, 'inference'): model = model.inference()
+    if not hasattr(model, 'predict_samples') and hasattr(model, 'inference'): # a learner; what it is moved to stays its own
+        found = model.inference()
+        model = Predictor(found.model if device is None else copy.deepcopy(found.model), found.pipeline, found.output, found.device)
     if not hasattr(model, 'predict_samples'): raise TypeError(f'a server needs a file that learn.export wrote, or a predictor, not a {type(model).__name__}')
     return model if device is None else model.to(device)
 
