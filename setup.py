@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 settings = ConfigParser()
@@ -10,10 +10,14 @@ settings.read(here/'settings.ini', encoding='utf-8')
 project = settings['DEFAULT']
 extras = {name: value.split() for name, value in settings.items('extras') if name not in settings.defaults()}
 
+# Faster, and optional: where there is no compiler, or no libjpeg-turbo to compile with, lamella is installed without it.
+part_of_jpeg = Extension('lamella.vision._jpeg', ['lib/lamella/vision/_jpeg.c'], libraries=['jpeg'], optional=True)
+
 setup(
     name=project['lib_name'], version=project['version'], description=project['description'],
     author=project['author'], license=project['license'], keywords=project['keywords'].split(),
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     package_dir={'': 'lib'}, packages=find_packages('lib'), package_data={'lamella': ['assets/*', 'py.typed']},
     python_requires=f">={project['min_python']}", install_requires=project['requirements'].split(),
-    extras_require=extras, entry_points={'console_scripts': project['console_scripts'].split()}, zip_safe=False)
+    extras_require=extras, entry_points={'console_scripts': project['console_scripts'].split()}, zip_safe=False,
+    ext_modules=[part_of_jpeg])

@@ -82,8 +82,8 @@ def test_images_are_read_in_threads(tmp_path):
 @pytest.mark.parametrize('name', ['photo.jpg', 'photo.png'])
 def test_without_torchvisions_decoder_it_is_pil_s(tmp_path, monkeypatch, name):
     "torchvision may come without decoders, or lose them: the pixels stay the same"
-    import lamella.vision.decoding as decoding
+    import lamella.vision.jpeg as jpeg
     PHOTO.save(tmp_path/name, quality=90)
     with_it = np.asarray(PILImage.create(tmp_path/name).resize_part((300, 200)))
-    monkeypatch.setattr(decoding, '_jpeg_decoder', lambda: None)
+    monkeypatch.setattr(jpeg, '_whole_decoder', lambda: None)
     assert np.array_equal(np.asarray(PILImage.create(tmp_path/name).resize_part((300, 200))), with_it)

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import lamella.vision.decoding as decoding
+import lamella.vision.jpeg as jpeg_module
 import lamella.vision.pixels as pixels
 from lamella.data import workers
 from lamella.data.later import Later
@@ -313,7 +314,7 @@ def test_without_torchvisions_decoder_nothing_is_read_twice(photos, at_one_go, m
     expected = epochs(loader(photos, RandomResizedCrop(32)), 1)
     filled = at_one_go.filled
     assert filled >= 14
-    monkeypatch.setattr(decoding, '_jpeg_decoder', lambda: None)
+    monkeypatch.setattr(jpeg_module, '_whole_decoder', lambda: None)
     dl = loader(photos, RandomResizedCrop(32), get_y=label)
     seen.clear()
     found = epochs(dl, 1)
@@ -341,7 +342,7 @@ def entries(content):
 
 def check(content):
     "Nothing, or what PIL says; True if it is read here"
-    found = decoding.plain_jpeg(content)
+    found = jpeg_module.plain_jpeg(content)
     if found is None: return False
     with Image.open(io.BytesIO(content)) as opened:
         assert opened.format == 'JPEG'
@@ -433,7 +434,7 @@ def test_random_bytes_are_no_jpeg(content):
 
 @pytest.mark.parametrize('path', ['no such file', 'with\0zero', '.', ''])
 def test_what_is_wrong_with_a_path_is_said_as_ever(path):
-    assert decoding.plain_jpeg(path) is None
+    assert jpeg_module.plain_jpeg(path) is None
     with pytest.raises(Exception) as found: PILImage.create(path)
     with pytest.raises(type(found.value)) as expected: decoding.open_image(path)
     assert str(found.value) == str(expected.value)

@@ -1,0 +1,107 @@
+/* A part of a JPEG, with the same pixels as if all of it were decoded: libjpeg-turbo's jpeg_skip_scanlines and
+   jpeg_crop_scanline leave out the waves and the colours of what lies beside the part. Optional: without a compiler or
+   without libjpeg-turbo's headers, decoding.py decodes the whole picture and takes the part. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <string.h>
+#include <jpeglib.h>
+
+#define BESIDE 2 /* pixels left and right of the part, from which its colours are interpolated */
+
+struct failure {
+    struct jpeg_error_mgr standard; /* libjpeg is given this first field */
+    jmp_buf back;
+    char message[JMSG_LENGTH_MAX];
+};
+
+static void fail(j_common_ptr jpeg)
+{
+    struct failure *failure = (struct failure *)jpeg->err;
+    jpeg->err->format_message(jpeg, failure->message);
+    longjmp(failure->back, 1);
+}
+
+static void say_nothing(j_common_ptr jpeg) { (void)jpeg; }
+
+struct part { JDIMENSION left, top, width, height; int channels; };
+
+/* Decode `part` of the `size` bytes of `file` into `out`, (height, width, channels); 0, or -1 with a message. */
+static int decode_part(const unsigned char *file, size_t size, struct part part, unsigned char *out, struct failure *failure)
+{
+    struct jpeg_decompress_struct jpeg;
+    JSAMPARRAY row;
+    JDIMENSION first, columns, y;
+    const size_t bytes = (size_t)part.width * part.channels;
+
+    memset(&jpeg, 0, sizeof jpeg);
+    jpeg.err = jpeg_std_error(&failure->standard);
+    failure->standard.error_exit = fail;
+    failure->standard.output_message = say_nothing;
+    if (setjmp(failure->back)) {
+        jpeg_destroy_decompress(&jpeg);
+        return -1;
+    }
+    jpeg_create_decompress(&jpeg);
+    jpeg_mem_src(&jpeg, (unsigned char *)file, (unsigned long)size);
+    jpeg_read_header(&jpeg, TRUE);
+    if (part.left > jpeg.image_width || part.width > jpeg.image_width - part.left ||
+        part.top > jpeg.image_height || part.height > jpeg.image_height - part.top) {
+        strcpy(failure->message, "the part reaches over the edge of the picture");
+        longjmp(failure->back, 1);
+    }
+    jpeg.out_color_space = part.channels == 1 ? JCS_GRAYSCALE : JCS_RGB;
+    jpeg_start_decompress(&jpeg);
+
+    first = part.left > BESIDE ? part.left - BESIDE : 0;
+    columns = part.left + part.width + BESIDE;
+    columns = (columns < jpeg.output_width ? columns : jpeg.output_width) - first;
+    jpeg_crop_scanline(&jpeg, &first, &columns); /* moves `first` to the left, to where a block begins */
+    if (part.top) jpeg_skip_scanlines(&jpeg, part.top);
+    row = (*jpeg.mem->alloc_sarray)((j_common_ptr)&jpeg, JPOOL_IMAGE, jpeg.output_width * part.channels, 1);
+    for (y = 0; y < part.height; y++) {
+        if (jpeg_read_scanlines(&jpeg, row, 1) != 1) {
+            strcpy(failure->message, "the file ends too early");
+            longjmp(failure->back, 1);
+        }
+        memcpy(out + y * bytes, row[0] + (size_t)(part.left - first) * part.channels, bytes);
+    }
+    jpeg_destroy_decompress(&jpeg); /* what comes below the part is not read */
+    return 0;
+}
+
+static PyObject *decode(PyObject *self, PyObject *args)
+{
+    Py_buffer file, out;
+    unsigned int left, top, width, height;
+    int channels, failed = 1;
+    struct failure failure = {.message = "channels are 1 or 3, and the memory is for height x width x channels bytes"};
+
+    if (!PyArg_ParseTuple(args, "y*IIIIiw*", &file, &left, &top, &width, &height, &channels, &out)) return NULL;
+    if ((channels == 1 || channels == 3) && width && width <= JPEG_MAX_DIMENSION && height && height <= JPEG_MAX_DIMENSION &&
+        (size_t)out.len == (size_t)width * height * channels) {
+        struct part part = {left, top, width, height, channels};
+        Py_BEGIN_ALLOW_THREADS
+        failed = decode_part(file.buf, (size_t)file.len, part, out.buf, &failure);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&file);
+    PyBuffer_Release(&out);
+    if (failed) return PyErr_Format(PyExc_ValueError, "%s", failure.message);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"decode", decode, METH_VARARGS, "decode(file, left, top, width, height, channels, out): a part of a JPEG into `out`, (height, width, channels) bytes"},
+    {NULL, NULL, 0, NULL}};
+
+static PyModuleDef_Slot slots[] = {
+#ifdef Py_MOD_GIL_NOT_USED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpeg", "A part of a JPEG", 0, methods, slots, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__jpeg(void) { return PyModuleDef_Init(&module); }
