@@ -1,4 +1,5 @@
 """Everything that changes between releases lives in settings.ini; this file only reads it."""
+import os
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,8 +11,10 @@ settings.read(here/'settings.ini', encoding='utf-8')
 project = settings['DEFAULT']
 extras = {name: value.split() for name, value in settings.items('extras') if name not in settings.defaults()}
 
-# Faster, and optional: where there is no compiler, or no libjpeg-turbo to compile with, lamella is installed without it.
-part_of_jpeg = Extension('lamella.vision._jpeg', ['lib/lamella/vision/_jpeg.c'], libraries=['jpeg'], optional=True)
+# Faster, and optional: where there is no compiler, or no libjpeg-turbo to compile with, lamella is installed without them.
+fast = {'extra_compile_args': [] if os.name == 'nt' else ['-O3'], 'optional': True}
+extensions = [Extension('lamella.vision._jpeg', ['lib/lamella/vision/_jpeg.c'], libraries=['jpeg'], **fast),
+              Extension('lamella.vision._sampling', ['lib/lamella/vision/_sampling.c'], **fast)]
 
 setup(
     name=project['lib_name'], version=project['version'], description=project['description'],
@@ -20,4 +23,4 @@ setup(
     package_dir={'': 'lib'}, packages=find_packages('lib'), package_data={'lamella': ['assets/*', 'py.typed']},
     python_requires=f">={project['min_python']}", install_requires=project['requirements'].split(),
     extras_require=extras, entry_points={'console_scripts': project['console_scripts'].split()}, zip_safe=False,
-    ext_modules=[part_of_jpeg])
+    ext_modules=extensions)

@@ -43,6 +43,12 @@ class Pixels:
     @y.setter
     def y(self, y: torch.Tensor) -> None: self._y = y
 
+    @property
+    def bytes(self) -> torch.Tensor | None: # (n,c,h,w), not to be changed; `scale` and `shift` are still to be done
+        "The images themselves, if they are bytes on a CPU and no step has changed them"
+        x = self._x
+        return x if self._y is x and x.dtype == torch.uint8 and x.device.type == 'cpu' and x.is_contiguous() else None
+
     def linear(self,
         scale: float | torch.Tensor,      # a factor; one for all, or broadcastable to (n,c,h,w)
         shift: float | torch.Tensor = 0., # is added; likewise

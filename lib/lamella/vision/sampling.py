@@ -19,7 +19,7 @@ from .pixels import Pixels, Step
 Draw = float | Sequence[float] | Callable[[torch.Tensor], torch.Tensor] | None
 
 # %% auto #0
-__all__ = ['Draw', 'draw_numbers', 'between', 'affine_mat', 'Sampling']
+__all__ = ['Draw', 'draw_numbers', 'between', 'affine_mat', 'byte_sampler', 'Sampling']
 
 # %% ../../../nbs/60_vision/14_sampling.ipynb #7014d3d8
 def draw_numbers(
@@ -54,6 +54,13 @@ def affine_mat(
     return torch.stack([*ms, zero, zero, one], dim=-1).view(-1, 3, 3)
 
 # %% ../../../nbs/60_vision/14_sampling.ipynb #8f47431c
+@functools.lru_cache(maxsize=1)
+def byte_sampler() -> Callable | None: # takes (images, their shape, matrices, memory to fill, (height, width), reflect, align)
+    "Samples bytes (`_sampling.c`), if that was compiled when lamella was installed"
+    try: from lamella.vision._sampling import sample
+    except ImportError: return None
+    return sample
+
 class Sampling(Step):
     "The step of all geometric transforms: the pixel of the result at `p` is the one of the image at `matrix @ p`"
     def __init__(self,
@@ -95,10 +102,13 @@ class Sampling(Step):
         for f in self.coord_fs: grid = f(grid)
         return grid if scale == (1., 1.) else grid * grid.new_tensor(scale)
 
+    def _shrinking(self, before: Sequence[int], size: tuple[int, ...]) -> float: # at most 1: not at all
+        return min(a / b for a, b in zip(before, size)) * self.detail / 2 if self.mode == 'bilinear' else 1.
+
     def _shrunk(self, y: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         "Average an image that is more than twice as large as the result needs it"
-        factor = min(a / b for a, b in zip(y.shape[-2:], size)) * self.detail / 2
-        return y if factor <= 1 or self.mode != 'bilinear' else F.interpolate(y, scale_factor=1 / factor, mode='area', recompute_scale_factor=True)
+        factor = self._shrinking(y.shape[-2:], size)
+        return y if factor <= 1 else F.interpolate(y, scale_factor=1 / factor, mode='area', recompute_scale_factor=True)
 
     def _edges(self, size: tuple[int, ...]) -> tuple[float, float]: # x, y
         "Where the edges of an image are in the coordinates of the grid"
@@ -107,11 +117,22 @@ class Sampling(Step):
 
     def image(self, px: Pixels, part: slice) -> None: # in place
         "Sample images"
+        if self._sample_bytes(px, part): return
         if self.options['padding_mode'] == 'zeros': px.value()
         before = tuple(px.y.shape[-2:])
         size, px.y = self.out_size(before), self._shrunk(px.y, self.out_size(before))
         now, was = self._edges(px.y.shape[-2:]), self._edges(before)
         px.y = F.grid_sample(px.y, self.grid(size, part, (now[0] / was[0], now[1] / was[1])), mode=self.mode, **self.options)
+
+    def _sample_bytes(self, px: Pixels, part: slice) -> bool: # was it done?
+        "Sample images that are bytes"
+        x, pad_mode = px.bytes, self.options['padding_mode']
+        sample = byte_sampler() if x is not None and self.mode == 'bilinear' and pad_mode != 'zeros' and not self.coord_fs else None
+        if sample is None or x is None or x.shape[1] > 4 or self._shrinking(x.shape[-2:], self.out_size(x.shape[-2:])) > 1: return False
+        y = torch.empty((*x.shape[:2], *self.out_size(x.shape[-2:])), dtype=torch.float32)
+        sample(x.numpy(), tuple(x.shape), self.exact[part].double().contiguous().numpy(), y.numpy(), tuple(y.shape[-2:]), pad_mode == 'reflection', self.options['align_corners'])
+        px.y = y
+        return True
 
     def points(self, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor: # (n,k,2)
         "Where points go: the inverse of where pixels come from"
