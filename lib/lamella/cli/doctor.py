@@ -56,12 +56,19 @@ def _device() -> str:
     facts = torch.cuda.get_device_properties(device)
     return f'{device} ({facts.name}, {facts.total_memory / 2**30:.0f} GiB)'
 
+def _compiled() -> str:
+    "The parts in C, which are left out where they cannot be compiled"
+    from lamella.vision.jpeg import part_decoder
+    from lamella.vision.sampling import byte_sampler
+    missing = [what for what, there in (('parts of JPEGs (a C compiler and the headers of libjpeg-turbo)', part_decoder()), ('sampling of bytes (GCC or Clang)', byte_sampler())) if there is None]
+    return 'yes' if not missing else f"without {' and '.join(missing)}: the same results (but for rounding), more slowly; install lamella again when they are there"
+
 def machine_rows() -> list[tuple[str, Any]]: # name, value
     "Versions, device, workers, memory"
     import torch
     from lamella.base.devices import default_workers, num_cpus
     return [('python', platform.python_version()), ('system', f'{platform.system()} {platform.machine()}'), *((name, version_of(name) or 'MISSING') for name in _CORE),
-        ('device', _device()), ('cores', num_cpus()), ('threads of torch', torch.get_num_threads()), ('workers of a loader', default_workers()), ('memory', _memory())]
+        ('compiled parts', _compiled()), ('device', _device()), ('cores', num_cpus()), ('threads of torch', torch.get_num_threads()), ('workers of a loader', default_workers()), ('memory', _memory())]
 
 def extra_rows() -> list[tuple[str, str]]: # name, what is there
     "The extras"
