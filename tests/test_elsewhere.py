@@ -105,8 +105,8 @@ def test_onnx_without_lamella_and_torch_agrees(trained):
     found = json.loads(run(ONNX, folder, PYTHONPATH='').stdout)
     for o, (label, _, probabilities) in zip(found, said['one'], strict=True):
         expected = dict(zip(['False', 'True'], map(float.fromhex, probabilities)))
-        assert {str(k): v for k, v in o['probabilities'].items()} == pytest.approx(expected, abs=2e-3) # a pixel may be one step of 255 apart
-        assert str(o['label']) == label or abs(expected['True'] - 0.5) < 2e-3
+        assert {str(k): v for k, v in o['probabilities'].items()} == pytest.approx(expected, abs=1e-2) # a pixel may be one step of 255 apart
+        assert str(o['label']) == label or abs(expected['True'] - 0.5) < 1e-2
 
 
 # A person who has never seen the library

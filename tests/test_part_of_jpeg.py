@@ -44,7 +44,7 @@ def without(monkeypatch): monkeypatch.setattr(jpeg, 'part_decoder', lambda: None
 @settings(max_examples=300, deadline=None)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), subsampling=st.sampled_from([0, 1, 2]), grey=st.booleans(), noise=st.integers(0, 5), how=st.data())
 def test_any_part_has_the_pixels_of_the_whole(width, height, subsampling, grey, noise, how):
-    kwargs = how.draw(st.sampled_from([{}, {'optimize': True}, {'restart_marker_blocks': 2}, {'progressive': True}]))
+    kwargs = how.draw(st.sampled_from([{}, {'optimize': True}, {'restart_marker_blocks': 2}]))
     file = file_of((width, height), 'L' if grey else 'RGB', noise, **kwargs, **({} if grey else {'subsampling': subsampling}))
     expected = whole(file)
     for _ in range(5):
@@ -116,13 +116,24 @@ def error_of(path):
     except Exception as error: return type(error).__name__, str(error), getattr(error, '__notes__', None)
 
 
-def test_damaged_files_end_as_they_do_without(tmp_path, monkeypatch):
-    "The same pixels, or the same error: cut off anywhere, or with other bytes in it"
-    rng, good = random.Random(3), file_of((120, 110))
-    files = [good[:k] for k in rng.sample(range(len(good)), 60)] + [bytearray() for _ in range(120)]
-    for k in range(60, len(files)):
-        files[k] = bytearray(good)
-        for _ in range(rng.randint(1, 3)): files[k][rng.randrange(len(good)) if k % 2 else rng.randrange(630)] = rng.randrange(256)
+def damaged(good, rng):
+    "Files cut off anywhere, with other bytes in the head or in the scan, with a marker where a byte was, with something behind"
+    yield from (good[:k] for k in rng.sample(range(len(good)), 60))
+    yield from (good + behind for behind in (b'\0', b'\xff\xd9', good, b'\xff\xd8'))
+    yield from (good[:k] + b'\xff\xd9' for k in rng.sample(range(700, len(good)), 20))
+    for k in range(240):
+        other = bytearray(good)
+        for _ in range(rng.randint(1, 3)): other[rng.randrange(630) if k % 4 == 0 else rng.randrange(len(good))] = 255 if k % 3 == 0 else rng.randrange(256)
+        yield other
+    stuffed = [k for k in range(700, len(good) - 1) if good[k] == 255 and good[k + 1] == 0]
+    for k in stuffed[:8]:
+        for marker in (0xC0, 0xC4, 0xDB, 0xDA, 0xD8, 0xC8, 0xFE, 0xD0, 0xD9, 0xFF): yield good[:k + 1] + bytes([marker]) + good[k + 2:]
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'restart_marker_blocks': 3}, {'subsampling': 0}])
+def test_damaged_files_end_as_they_do_without(tmp_path, monkeypatch, kwargs):
+    "The same pixels, or the same error"
+    files = list(damaged(file_of((120, 110), noise=1, **kwargs), random.Random(3)))
     paths = [tmp_path/f'{k}.jpg' for k in range(len(files))]
     for path, content in zip(paths, files): path.write_bytes(content)
     found = [error_of(path) for path in paths]
@@ -131,6 +142,33 @@ def test_damaged_files_end_as_they_do_without(tmp_path, monkeypatch):
         other = error_of(path)
         assert type(one) is type(other) and (one == other if isinstance(one, tuple) else np.array_equal(one, other)), path
     assert sum(isinstance(o, tuple) for o in found) > 30 and sum(not isinstance(o, tuple) for o in found) > 30
+
+
+@compiled
+def test_several_scans_are_for_the_decoders_of_the_whole():
+    assert part_of(file_of((60, 40), progressive=True), (0, 0, 8, 8)) is None
+    good = file_of((60, 40))
+    assert part_of(good, (0, 0, 8, 8)) is not None and part_of(good + good, (0, 0, 8, 8)) is None and part_of(good + b'\0', (0, 0, 8, 8)) is None
+    scan = good.index(b'\xff\xda')
+    assert jpeg.plain_jpeg(bytes(good)) and jpeg.plain_jpeg(bytes(good[:scan + 4] + b'\1' + good[scan + 5:])) is None # the first of three scans
+
+
+@compiled
+def test_another_default_device_changes_nothing():
+    good = file_of((60, 40))
+    torch.set_default_device('meta')
+    try: found = part_of(good, (3, 3, 50, 30))
+    finally: torch.set_default_device(None)
+    assert torch.equal(found, whole(good)[:, 3:30, 3:50])
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    "Compiled with the headers of one libjpeg, and run with another: found out once"
+    module = type(sys)('lamella.vision._jpeg')
+    def decode(*args): raise ValueError('Wrong JPEG library version: library is 62, caller expects 80')
+    module.decode = decode
+    monkeypatch.setitem(sys.modules, 'lamella.vision._jpeg', module)
+    assert jpeg.part_decoder.__wrapped__() is None
 
 
 @compiled

@@ -120,3 +120,18 @@ def test_many_threads_at_once():
     matrix = torch.eye(3, dtype=torch.float64).expand(8, 3, 3) * torch.tensor([0.7, 0.8, 1.], dtype=torch.float64)
     expected = done(x, matrix)
     with ThreadPoolExecutor(8) as pool: assert all(torch.equal(o, expected) for o in pool.map(lambda _: done(x, matrix), range(64)))
+
+
+def test_very_wide_images_are_pytorch_s():
+    "As without"
+    x = TensorImage(torch.randint(0, 256, (2, 1, 4, 40000), dtype=torch.uint8))
+    assert torch.equal(torch.as_tensor(Flip(p=1.)(x, split_idx=0)), torch.as_tensor(x).flip(-1))
+    assert done(smooth(1, 3, 4, 50), torch.eye(3, dtype=torch.float64)[None], size=(4, 40000)).shape == (1, 3, 4, 40000)
+
+
+def test_what_is_wrong_is_told_as_without(monkeypatch):
+    x = TensorImage(smooth(2, 3, 20, 20))
+    for sampler in (sampling.byte_sampler(), None):
+        monkeypatch.setattr(sampling, 'byte_sampler', lambda sampler=sampler: sampler)
+        with pytest.raises(ValueError, match='NaN'): Rotate(p=1., draw=float('nan'))(x, split_idx=0)
+        with pytest.raises(ValueError, match='padding'): done(smooth(2, 3, 20, 20), torch.eye(3, dtype=torch.float64).expand(2, 3, 3), pad_mode='reflect')

@@ -61,7 +61,7 @@ def _compiled() -> str:
     from lamella.vision.jpeg import part_decoder
     from lamella.vision.sampling import byte_sampler
     missing = [what for what, there in (('parts of JPEGs (a C compiler and the headers of libjpeg-turbo)', part_decoder()), ('sampling of bytes (GCC or Clang)', byte_sampler())) if there is None]
-    return 'yes' if not missing else f"without {' and '.join(missing)}: the same results (but for rounding), more slowly; install lamella again when they are there"
+    return 'yes' if not missing else f"without {' and '.join(missing)}: the same results (but for rounding), more slowly. When they are there: pip install --force-reinstall --no-deps --no-cache-dir lamella"
 
 def machine_rows() -> list[tuple[str, Any]]: # name, value
     "Versions, device, workers, memory"

@@ -1,6 +1,6 @@
 /* A part of a JPEG, with the same pixels as if all of it were decoded: libjpeg-turbo's jpeg_skip_scanlines and
    jpeg_crop_scanline leave out the waves and the colours of what lies beside the part. Optional: without a compiler or
-   without libjpeg-turbo's headers, decoding.py decodes the whole picture and takes the part. */
+   without libjpeg-turbo's headers, jpeg.py has the whole picture decoded and takes the part. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <setjmp.h>
@@ -8,7 +8,11 @@
 #include <string.h>
 #include <jpeglib.h>
 
-#define BESIDE 2 /* pixels left and right of the part, from which its colours are interpolated */
+#if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000003
+#error "a libjpeg that cannot decode parts, or that rounds in another way than those of today"
+#endif
+
+#define BESIDE 8 /* pixels left and right of the part, from which its colours are interpolated */
 
 struct failure {
     struct jpeg_error_mgr standard; /* libjpeg is given this first field */
@@ -24,6 +28,18 @@ static void fail(j_common_ptr jpeg)
 }
 
 static void say_nothing(j_common_ptr jpeg) { (void)jpeg; }
+
+/* Is what follows the head one scan and nothing else, up to the end of the file? Whatever else there is, decoders of the whole
+   picture may refuse, and would not be asked to. */
+static int is_one_scan(const unsigned char *at, const unsigned char *end)
+{
+    while ((at = memchr(at, 255, (size_t)(end - at))) != NULL && end - at >= 2) {
+        if (at[1] == 0xD9) return end - at == 2;
+        if (at[1] != 0 && (at[1] < 0xD0 || at[1] > 0xD7)) return 0; /* neither a byte of the scan nor a restart */
+        at += 2;
+    }
+    return 0;
+}
 
 struct part { JDIMENSION left, top, width, height; int channels; };
 
@@ -49,6 +65,10 @@ static int decode_part(const unsigned char *file, size_t size, struct part part,
     if (part.left > jpeg.image_width || part.width > jpeg.image_width - part.left ||
         part.top > jpeg.image_height || part.height > jpeg.image_height - part.top) {
         strcpy(failure->message, "the part reaches over the edge of the picture");
+        longjmp(failure->back, 1);
+    }
+    if (!is_one_scan(jpeg.src->next_input_byte, file + size)) {
+        strcpy(failure->message, "not one scan up to the end of the file");
         longjmp(failure->back, 1);
     }
     jpeg.out_color_space = part.channels == 1 ? JCS_GRAYSCALE : JCS_RGB;

@@ -3,7 +3,12 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+
+#ifdef __FAST_MATH__
+#error "what keeps a place within its image needs numbers that are none"
+#endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "a pixel is a number whose lowest byte is the first channel"

@@ -5,6 +5,7 @@
 # %% ../../../nbs/60_vision/01_jpeg.ipynb #54412291
 from __future__ import annotations
 import functools
+import io
 import os
 import struct
 from collections.abc import Callable
@@ -42,27 +43,28 @@ def decode_jpeg(
 # %% ../../../nbs/60_vision/01_jpeg.ipynb #0d9c890f
 @functools.lru_cache(maxsize=1)
 def part_decoder() -> Callable | None: # takes (file, left, top, width, height, channels, memory to fill); `ValueError` for what it cannot decode
-    "Decodes no more than a part of a JPEG (`_jpeg.c`), if that was compiled when lamella was installed"
+    "Decodes no more than a part of a JPEG (`_jpeg.c`), if that was compiled when lamella was installed, with the libjpeg-turbo that is there now"
     try: from lamella.vision._jpeg import decode
     except ImportError: return None
+    Image.new('L', (1, 1)).save(stream := io.BytesIO(), format='JPEG')
+    try: decode(stream.getvalue(), 0, 0, 1, 1, 1, bytearray(1))
+    except ValueError: return None
     return decode
 
 def decode_part(
     file: bytearray,                  # all of a JPEG
     mode: str,                        # 'RGB' or 'L'
     part: tuple[int, int, int, int],  # (left, top, right, bottom), in it
-) -> torch.Tensor | None: # (c,h,w), uint8; `None` if all of it has to be decoded: there is no such decoder, or the file is damaged
+) -> torch.Tensor | None: # (c,h,w), uint8; `None` if all of it has to be decoded: there is no such decoder, or the file is damaged or holds more than one scan
     "The pixels of a part"
-    decode = part_decoder() if file.endswith(_END) else None
+    decode = part_decoder()
     if decode is None: return None
     left, top, right, bottom = part
     channels = 1 if mode == 'L' else 3
-    pixels = torch.empty((bottom - top, right - left, channels), dtype=torch.uint8)
+    pixels = torch.empty((bottom - top, right - left, channels), dtype=torch.uint8, device='cpu')
     try: decode(file, left, top, right - left, bottom - top, channels, pixels.numpy())
     except ValueError: return None
     return pixels.permute(2, 0, 1)
-
-_END = b'\xff\xd9' # of a file that did not break off
 
 # %% ../../../nbs/60_vision/01_jpeg.ipynb #dc1a2625
 class PlainJpeg:
@@ -140,7 +142,7 @@ def _head_of(data: bytes) -> tuple[tuple[int, int], str, dict[str, Any]]:
         if begin != 255 or length < 2 or len(entry) != length - 2: break
         if kind == 0xC0 and not mode: size, mode = _frame(entry)
         elif kind == 0xE0: info.update(_jfif(entry))
-        elif kind == 0xDA and mode and size[0] and size[1]: return size, mode, info
+        elif kind == 0xDA and mode and size[0] and size[1] and entry[:1] == (b'\1' if mode == 'L' else b'\3'): return size, mode, info # all channels in one scan
         elif kind not in (0xC4, 0xDD) and not (kind == 0xDB and _are_tables(entry)): break # what remains are the tables of the decoder
         at += 2 + length
     raise ValueError

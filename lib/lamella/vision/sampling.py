@@ -126,11 +126,13 @@ class Sampling(Step):
 
     def _sample_bytes(self, px: Pixels, part: slice) -> bool: # was it done?
         "Sample images that are bytes"
-        x, pad_mode = px.bytes, self.options['padding_mode']
-        sample = byte_sampler() if x is not None and self.mode == 'bilinear' and pad_mode != 'zeros' and not self.coord_fs else None
-        if sample is None or x is None or x.shape[1] > 4 or self._shrinking(x.shape[-2:], self.out_size(x.shape[-2:])) > 1: return False
-        y = torch.empty((*x.shape[:2], *self.out_size(x.shape[-2:])), dtype=torch.float32)
-        sample(x.numpy(), tuple(x.shape), self.exact[part].double().contiguous().numpy(), y.numpy(), tuple(y.shape[-2:]), pad_mode == 'reflection', self.options['align_corners'])
+        x, pad_mode, align = px.bytes, self.options['padding_mode'], self.options['align_corners']
+        sample = byte_sampler() if x is not None and self.mode == 'bilinear' and pad_mode in ('reflection', 'border') and not self.coord_fs else None
+        if sample is None or x is None: return False
+        before, size = x.shape[-2:], tuple(self.out_size(x.shape[-2:]))
+        if not (self._shrinking(before, size) <= 1 and 1 <= x.shape[1] <= 4 and max(*before, *size) < 2**15): return False
+        y = torch.empty((*x.shape[:2], *size), dtype=torch.float32, device='cpu')
+        sample(x.numpy(), tuple(x.shape), self.exact[part].double().contiguous().numpy(), y.numpy(), size, pad_mode == 'reflection', align)
         px.y = y
         return True
 
