@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test bench notebooks clean
 
 # Each stamp is made anew when the requirements change.
-.venv/installed: settings.ini setup.py pyproject.toml lib/lamella/vision/_jpeg.c lib/lamella/vision/_sampling.c
+.venv/installed: settings.ini setup.py pyproject.toml $(wildcard lib/lamella/vision/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e .
 	touch $@

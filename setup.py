@@ -12,8 +12,10 @@ project = settings['DEFAULT']
 extras = {name: value.split() for name, value in settings.items('extras') if name not in settings.defaults()}
 
 # Faster, and optional: where there is no compiler, or no libjpeg-turbo to compile with, lamella is installed without them.
-fast = {'extra_compile_args': [] if os.name == 'nt' else ['-O3'], 'optional': True}
+# A product and a sum are rounded one after the other, as PyTorch and NumPy do it, whatever CFLAGS allow.
+fast = {'extra_compile_args': [] if os.name == 'nt' else ['-O3', '-ffp-contract=off'], 'optional': True}
 extensions = [Extension('lamella.vision._jpeg', ['lib/lamella/vision/_jpeg.c'], libraries=['jpeg'], **fast),
+              Extension('lamella.vision._pixels', ['lib/lamella/vision/_pixels.c'], **fast),
               Extension('lamella.vision._sampling', ['lib/lamella/vision/_sampling.c'], **fast)]
 
 setup(

@@ -176,8 +176,11 @@ def test_what_it_cannot_decode_is_an_error_and_no_crash():
     decode, file, rng = jpeg.part_decoder(), file_of((60, 40)), random.Random(0)
     for args in ((0, 0, 61, 40, 3), (0, 1, 60, 40, 3), (4294967295, 0, 2, 2, 3), (2, 4294967295, 2, 2, 3), (60, 0, 1, 1, 3)):
         with pytest.raises(ValueError, match='over the edge'): decode(file, *args, bytearray(args[2] * args[3] * args[4]))
-    for args, size in (((0, 0, 4, 4, 3), 47), ((0, 0, 4, 4, 4), 64), ((0, 0, 0, 4, 3), 0), ((0, 0, 4, 4, -3), 48), ((0, 0, 2**32 - 1, 2**32 - 1, 3), 3), ((0, 0, 4, 4, 2), 32)):
+    for args, size in (((0, 0, 4, 4, 4), 6400), ((0, 0, 0, 4, 3), 0), ((0, 0, 4, 4, -3), 4800), ((0, 0, 2**32 - 1, 2**32 - 1, 3), 3), ((0, 0, 4, 4, 2), 3200)):
         with pytest.raises(ValueError, match='channels'): decode(file, *args, bytearray(size))
+    for args, size in (((0, 0, 4, 4, 3), 47), ((0, 0, 60, 40, 3), 7199), ((0, 0, 4, 4, 3), 0), ((30, 0, 30, 40, 1), 1200)):
+        with pytest.raises(ValueError, match='too small'): decode(file, *args, bytearray(size))
+    assert decode(file, 0, 0, 60, 40, 3, bytearray(7200)) == (0, 180)
     with pytest.raises(TypeError): decode(file, 0, 0, 4, 4, 3, bytes(48))
     with pytest.raises(ValueError): decode(b'', 0, 0, 4, 4, 3, bytearray(48))
     PHOTO.resize((60, 40)).convert('CMYK').save(stream := io.BytesIO(), format='JPEG')
@@ -185,8 +188,23 @@ def test_what_it_cannot_decode_is_an_error_and_no_crash():
     for _ in range(3000):
         other = bytearray(file)
         for _ in range(rng.randint(1, 6)): other[rng.randrange(rng.choice((len(file), 620)))] = rng.choice((0, 255, 0xd9, 0xc4, rng.randrange(256)))
-        try: decode(other[:rng.choice((len(file), rng.randrange(len(file))))], 5, 5, 40, 30, 3, bytearray(3600))
+        try: decode(other[:rng.choice((len(file), rng.randrange(len(file))))], 5, 5, 40, 30, 3, bytearray(30 * 120 * 3))
         except ValueError: pass
+
+
+@compiled
+@pytest.mark.parametrize('sampling', [0, 1, 2])
+def test_nothing_is_written_beside_the_memory(sampling):
+    decode, file = jpeg.part_decoder(), file_of((90, 70), noise=1, subsampling=sampling)
+    expected = whole(file)
+    for left, top, width, height in ((0, 0, 90, 70), (33, 11, 5, 59), (89, 69, 1, 1), (17, 3, 40, 2), (40, 40, 50, 1)):
+        for room in range(height * (width + jpeg._BESIDE) * 3, 0, -41):
+            memory = bytearray(b'\xa5' * (room + 200))
+            try: begin, row = decode(file, left, top, width, height, 3, memoryview(memory)[100:100 + room])
+            except ValueError: continue
+            finally: assert memory[:100] == memory[-100:] == b'\xa5' * 100
+            found = torch.frombuffer(memory, dtype=torch.uint8)[100:100 + room].as_strided((3, height, width), (1, row, 3), 100 + begin)
+            assert torch.equal(found, expected[:, top:top + height, left:left + width])
 
 
 @compiled
@@ -205,4 +223,4 @@ def test_lamella_is_installed_without_a_compiler_too(tmp_path):
     done = subprocess.run([sys.executable, str(script), 'build_ext', '--build-lib', str(tmp_path/'lib'), '--build-temp', str(tmp_path/'temp')], cwd=ROOT,
                           env={**os.environ, 'CC': 'no-such-compiler'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'lamella.vision._jpeg' in done.stdout + done.stderr and not list((tmp_path/'lib').rglob('_jpeg*'))
+    for name in ('_jpeg', '_pixels', '_sampling'): assert f'lamella.vision.{name}' in done.stdout + done.stderr and not list((tmp_path/'lib').rglob(f'{name}*'))

@@ -58,9 +58,11 @@ def _device() -> str:
 
 def _compiled() -> str:
     "The parts in C, which are left out where they cannot be compiled"
+    from lamella.vision.decoding import byte_resizer
     from lamella.vision.jpeg import part_decoder
     from lamella.vision.sampling import byte_sampler
-    missing = [what for what, there in (('parts of JPEGs (a C compiler and the headers of libjpeg-turbo)', part_decoder()), ('sampling of bytes (GCC or Clang)', byte_sampler())) if there is None]
+    parts = {'parts of JPEGs (a C compiler and the headers of libjpeg-turbo)': part_decoder(), 'sampling of bytes (GCC or Clang)': byte_sampler(), 'resizing of bytes (GCC or Clang, an x86 processor with AVX2)': byte_resizer()}
+    missing = [what for what, there in parts.items() if there is None]
     return 'yes' if not missing else f"without {' and '.join(missing)}: the same results (but for rounding), more slowly. When they are there: pip install --force-reinstall --no-deps --no-cache-dir lamella"
 
 def machine_rows() -> list[tuple[str, Any]]: # name, value

@@ -43,13 +43,15 @@ static int is_one_scan(const unsigned char *at, const unsigned char *end)
 
 struct part { JDIMENSION left, top, width, height; int channels; };
 
-/* Decode `part` of the `size` bytes of `file` into `out`, (height, width, channels); 0, or -1 with a message. */
-static int decode_part(const unsigned char *file, size_t size, struct part part, unsigned char *out, struct failure *failure)
+/* Where a part is in memory: its first pixel, and how many bytes from a row to the next. */
+struct place { size_t begin, row; };
+
+/* Decode `part` of the `size` bytes of `file` into the `room` bytes of `out`, with what is left and right of it: `BESIDE` and the rest of a
+   block (jpeg.py leaves room for 80 pixels); 0, or -1 with a message. */
+static int decode_part(const unsigned char *file, size_t size, struct part part, unsigned char *out, size_t room, struct place *place, struct failure *failure)
 {
     struct jpeg_decompress_struct jpeg;
-    JSAMPARRAY row;
-    JDIMENSION first, columns, y;
-    const size_t bytes = (size_t)part.width * part.channels;
+    JDIMENSION first, columns;
 
     memset(&jpeg, 0, sizeof jpeg);
     jpeg.err = jpeg_std_error(&failure->standard);
@@ -79,13 +81,18 @@ static int decode_part(const unsigned char *file, size_t size, struct part part,
     columns = (columns < jpeg.output_width ? columns : jpeg.output_width) - first;
     jpeg_crop_scanline(&jpeg, &first, &columns); /* moves `first` to the left, to where a block begins */
     if (part.top) jpeg_skip_scanlines(&jpeg, part.top);
-    row = (*jpeg.mem->alloc_sarray)((j_common_ptr)&jpeg, JPOOL_IMAGE, jpeg.output_width * part.channels, 1);
-    for (y = 0; y < part.height; y++) {
-        if (jpeg_read_scanlines(&jpeg, row, 1) != 1) {
+    place->begin = (size_t)(part.left - first) * part.channels;
+    place->row = (size_t)jpeg.output_width * part.channels;
+    if (part.left < first || part.left + part.width > first + jpeg.output_width || place->row > room / part.height) {
+        strcpy(failure->message, "the memory is too small for the part and what is beside it");
+        longjmp(failure->back, 1);
+    }
+    for (JDIMENSION y = 0, n; y < part.height; y += n) {
+        JSAMPROW rows[] = {out + y * place->row, out + (y + 1) * place->row}; /* the second one is used only if it is asked for */
+        if ((n = jpeg_read_scanlines(&jpeg, rows, y + 1 < part.height ? 2 : 1)) == 0) {
             strcpy(failure->message, "the file ends too early");
             longjmp(failure->back, 1);
         }
-        memcpy(out + y * bytes, row[0] + (size_t)(part.left - first) * part.channels, bytes);
     }
     jpeg_destroy_decompress(&jpeg); /* what comes below the part is not read */
     return 0;
@@ -96,24 +103,26 @@ static PyObject *decode(PyObject *self, PyObject *args)
     Py_buffer file, out;
     unsigned int left, top, width, height;
     int channels, failed = 1;
-    struct failure failure = {.message = "channels are 1 or 3, and the memory is for height x width x channels bytes"};
+    struct place place = {0, 0};
+    struct failure failure = {.message = "channels are 1 or 3, and a part has a height and a width"};
+    (void)self;
 
     if (!PyArg_ParseTuple(args, "y*IIIIiw*", &file, &left, &top, &width, &height, &channels, &out)) return NULL;
-    if ((channels == 1 || channels == 3) && width && width <= JPEG_MAX_DIMENSION && height && height <= JPEG_MAX_DIMENSION &&
-        (size_t)out.len == (size_t)width * height * channels) {
+    if ((channels == 1 || channels == 3) && width && width <= JPEG_MAX_DIMENSION && height && height <= JPEG_MAX_DIMENSION) {
         struct part part = {left, top, width, height, channels};
         Py_BEGIN_ALLOW_THREADS
-        failed = decode_part(file.buf, (size_t)file.len, part, out.buf, &failure);
+        failed = decode_part(file.buf, (size_t)file.len, part, out.buf, (size_t)out.len, &place, &failure);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&file);
     PyBuffer_Release(&out);
     if (failed) return PyErr_Format(PyExc_ValueError, "%s", failure.message);
-    Py_RETURN_NONE;
+    return Py_BuildValue("nn", (Py_ssize_t)place.begin, (Py_ssize_t)place.row);
 }
 
 static PyMethodDef methods[] = {
-    {"decode", decode, METH_VARARGS, "decode(file, left, top, width, height, channels, out): a part of a JPEG into `out`, (height, width, channels) bytes"},
+    {"decode", decode, METH_VARARGS,
+     "decode(file, left, top, width, height, channels, out): a part of a JPEG, and something beside it, into `out`; where its first byte is, and bytes from row to row"},
     {NULL, NULL, 0, NULL}};
 
 static PyModuleDef_Slot slots[] = {

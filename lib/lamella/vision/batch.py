@@ -148,7 +148,7 @@ class _Linear(Step):
     def __init__(self, scale: torch.Tensor, shift: torch.Tensor): self.scale, self.shift = scale, shift
 
     def image(self, px: Pixels, part: slice) -> None:
-        known, given = self.scale.shape[1] if self.scale.dim() == 4 else 1, px.y.shape[1]
+        known, given = self.scale.shape[1] if self.scale.dim() == 4 else 1, px.shape[1]
         if known not in (1, given): raise ValueError(f'the images have {given} channels, and Normalize has the statistics of {known}: give those of the data, or none')
         px.linear(self.scale, self.shift)
 

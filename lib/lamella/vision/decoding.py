@@ -4,8 +4,10 @@
 
 # %% ../../../nbs/60_vision/00_decoding.ipynb #657714ba
 from __future__ import annotations
+import functools
 import io
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ Box = tuple[float, float, float, float]
 
 # %% auto #0
 __all__ = ['BILINEAR', 'NEAREST', 'Box', 'to_mode', 'WrongMask', 'to_mask', 'to_image', 'open_image', 'explain_damage',
-           'to_pixels', 'resize_tensor', 'read_array']
+           'to_pixels', 'byte_resizer', 'resize_tensor', 'read_array']
 
 # %% ../../../nbs/60_vision/00_decoding.ipynb #41110634
 def _is_deep(im: Image.Image) -> bool:
@@ -118,26 +120,61 @@ def to_pixels(
     array = torch.from_numpy(np.array(im))
     return array[None] if array.dim() == 2 else array.permute(2, 0, 1)
 
+@functools.lru_cache(maxsize=1)
+def byte_resizer() -> Callable | None: # takes bytes (height, width, 3) and memory for (3, rows, columns)
+    "Resizes the bytes of colours (`_pixels.c`), if that was compiled when lamella was installed, and does what this version of PyTorch does"
+    try: from lamella.vision._pixels import resize
+    except ImportError: return None
+    return resize if all(_resizes_as_torch(resize, before, after) for before, after in (((37, 29), (16, 24)), ((9, 70), (20, 8)))) else None
+
+def _resizes_as_torch(resize: Callable, before: tuple[int, int], after: tuple[int, int]) -> bool:
+    x = torch.arange(before[0] * before[1] * 3, device='cpu').mul_(2654435761).bitwise_right_shift_(11).to(torch.uint8).view(*before, 3)
+    found = torch.empty((3, *after), dtype=torch.uint8, device='cpu')
+    resize(x.numpy(), found.numpy())
+    return torch.equal(found, _resize_by_torch(x.permute(2, 0, 1), after[::-1], 'bilinear'))
+
 def resize_tensor(
     x: torch.Tensor,          # (c,h,w): bytes, 16 bits or floats
     size: tuple[int, int],    # (width, height) of the result
     box: Box | None = None,   # whole numbers (left, top, right, bottom): the part to take; all of it if not given
     nearest: bool = False,    # take the nearest pixel instead of an average
     mode: str = 'bilinear',   # or 'bicubic'
+    out: torch.Tensor | None = None, # memory for the result, contiguous
 ) -> torch.Tensor:            # (c,height,width), of the same type of numbers
     "Resize a part of an image, averaging over all pixels that a new one covers"
     if box is not None: x = x[:, int(box[1]):int(box[3]), int(box[0]):int(box[2])]
-    if tuple(x.shape[-2:]) == (size[1], size[0]): return x
+    if tuple(x.shape[-2:]) == (size[1], size[0]): y = x
+    elif mode == 'bilinear' and not nearest and _are_colors(x) and 1 < min(size) <= max(size) <= _LARGEST and (resize := byte_resizer()):
+        into = out is not None and out.dtype == torch.uint8 and out.is_contiguous() and tuple(out.shape) == (3, size[1], size[0])
+        y = _resize_bytes(x, size, out if into else None, resize)
+    else: y = _resized(x, size, nearest, mode)
+    return y if out is None or y is out else out.copy_(y)
+
+_LARGEST = 2**20 # pixels of a side
+
+def _are_colors(x: torch.Tensor) -> bool:
+    "Bytes of three channels on a CPU"
+    return x.dtype == torch.uint8 and x.dim() == 3 and len(x) == 3 and 0 < min(x.shape) and max(x.shape) <= _LARGEST and x.device.type == 'cpu'
+
+def _resize_bytes(x: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None, resize: Callable) -> torch.Tensor:
+    "For `_pixels.c`, the channels of each pixel have to lie side by side, and a row behind the other"
+    if x.stride(0) != 1 or x.stride(2) != 3 or x.stride(1) < 3 * x.shape[2]: x = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    if out is None: out = torch.empty((3, size[1], size[0]), dtype=torch.uint8, device='cpu')
+    resize(x.permute(1, 2, 0).numpy(), out.numpy())
+    return out
+
+def _resized(x: torch.Tensor, size: tuple[int, int], nearest: bool, mode: str) -> torch.Tensor:
     kind = x.dtype
     if nearest: return F.interpolate(x[None].float(), (size[1], size[0]), mode='nearest-exact')[0].to(kind)
     if kind != torch.uint8 or min(size) == 1: x = x.float()
-    y = _resize(x.permute(1, 2, 0)[None].permute(0, 3, 1, 2), size, mode)[0] if min(size) > 1 else _resize_by_pil(x, size, mode)
+    y = _resize_by_torch(x, size, mode) if min(size) > 1 else _resize_by_pil(x, size, mode)
     return y if y.dtype == kind else y.round_().clamp_(0, torch.iinfo(kind).max).to(kind) if not kind.is_floating_point else y.to(kind)
 
-def _resize(x: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+def _resize_by_torch(x: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     "Bytes of colours with the channels last: there PyTorch needs two thirds of the time, the copy included (and it looks at the stride of the only image, too)"
+    x = x.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     if x.dtype == torch.uint8 and x.shape[1] == 3: x = x.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(x, (size[1], size[0]), mode=mode, antialias=True)
+    return F.interpolate(x, (size[1], size[0]), mode=mode, antialias=True)[0]
 
 def _resize_by_pil(x: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     "Each channel by PIL: PyTorch 2.x is wrong, or fails, where a side of the result is one pixel"

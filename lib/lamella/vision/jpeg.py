@@ -42,17 +42,19 @@ def decode_jpeg(
 
 # %% ../../../nbs/60_vision/01_jpeg.ipynb #0d9c890f
 @functools.lru_cache(maxsize=1)
-def part_decoder() -> Callable | None: # takes (file, left, top, width, height, channels, memory to fill); `ValueError` for what it cannot decode
+def part_decoder() -> Callable | None: # takes (file, left, top, width, height, channels, memory); returns (first byte, bytes from row to row) in it; `ValueError` for what it cannot decode
     "Decodes no more than a part of a JPEG (`_jpeg.c`), if that was compiled when lamella was installed, with the libjpeg-turbo that is there now"
     try: from lamella.vision._jpeg import decode
     except ImportError: return None
     Image.new('L', (1, 1)).save(stream := io.BytesIO(), format='JPEG')
-    try: decode(stream.getvalue(), 0, 0, 1, 1, 1, bytearray(1))
+    try: decode(stream.getvalue(), 0, 0, 1, 1, 1, bytearray(_BESIDE))
     except ValueError: return None
     return decode
 
+_BESIDE = 80 # pixels of a row that may be decoded left and right of a part: `BESIDE` of `_jpeg.c` on each side, and what is missing of a block of at most 32
+
 def decode_part(
-    file: bytearray,                  # all of a JPEG
+    file: bytes | bytearray,          # all of a JPEG
     mode: str,                        # 'RGB' or 'L'
     part: tuple[int, int, int, int],  # (left, top, right, bottom), in it
 ) -> torch.Tensor | None: # (c,h,w), uint8; `None` if all of it has to be decoded: there is no such decoder, or the file is damaged or holds more than one scan
@@ -61,10 +63,10 @@ def decode_part(
     if decode is None: return None
     left, top, right, bottom = part
     channels = 1 if mode == 'L' else 3
-    pixels = torch.empty((bottom - top, right - left, channels), dtype=torch.uint8, device='cpu')
-    try: decode(file, left, top, right - left, bottom - top, channels, pixels.numpy())
+    memory = torch.empty((bottom - top) * (right - left + _BESIDE) * channels, dtype=torch.uint8, device='cpu')
+    try: begin, row = decode(file, left, top, right - left, bottom - top, channels, memory.numpy())
     except ValueError: return None
-    return pixels.permute(2, 0, 1)
+    return memory.as_strided((channels, bottom - top, right - left), (1, row, channels), begin)
 
 # %% ../../../nbs/60_vision/01_jpeg.ipynb #dc1a2625
 class PlainJpeg:
@@ -72,7 +74,7 @@ class PlainJpeg:
     fp = None # no file is open
 
     def __init__(self,
-        data: bytearray,        # the file
+        data: bytes,            # the file
         size: tuple[int, int],  # (width, height)
         mode: str,              # 'RGB' or 'L'
         info: dict[str, Any],   # what PIL's `info` would say
@@ -87,7 +89,7 @@ class PlainJpeg:
         "All pixels, where they are wanted and PIL could not do with fewer"
         decode = _whole_decoder() if size is not None and mode in ('RGB', 'L') else None
         if decode is None or min(a // b for a, b in zip(self.size, size)) > 1: return None # type: ignore[arg-type]
-        try: return decode(torch.frombuffer(self.data, dtype=torch.uint8), mode)
+        try: return decode(torch.frombuffer(bytearray(self.data), dtype=torch.uint8), mode)
         except RuntimeError: return None
 
     def resized_later(self,
@@ -95,7 +97,7 @@ class PlainJpeg:
         size: tuple[int, int],  # (width, height) of the result
         box: Box,               # the part to take
         how: str,               # 'bilinear' or 'bicubic'
-    ) -> Callable[[], torch.Tensor] | None: # makes (c,height,width), uint8, or raises `ValueError`; `None` if that is for PIL, or for fewer pixels
+    ) -> Callable[..., torch.Tensor] | None: # makes (c,height,width), uint8, in memory that it may be given, or raises `ValueError`; `None` if that is for PIL, or for fewer pixels
         "What takes a part of the picture and resizes it"
         if mode not in ('RGB', 'L') or _whole_decoder() is None: return None
         part = tuple(map(round, box))
@@ -104,11 +106,11 @@ class PlainJpeg:
         if min(a // b for a, b in zip(self.size, wanted)) > 1: return None
         return functools.partial(self._resized, mode, size, part, how)
 
-    def _resized(self, mode: str, size: tuple[int, int], part: Any, how: str) -> torch.Tensor:
-        pixels = decode_part(self.data, mode, part)
-        if pixels is not None: return resize_tensor(pixels, size, mode=how)
-        if (pixels := self.pixels(mode, self.size)) is None: raise ValueError('a JPEG that PIL has to read')
-        return resize_tensor(pixels, size, part, mode=how)
+    def _resized(self, mode: str, size: tuple[int, int], part: Any, how: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        pixels, box = decode_part(self.data, mode, part), None
+        if pixels is None: pixels, box = self.pixels(mode, self.size), part
+        if pixels is None: raise ValueError('a JPEG that PIL has to read')
+        return resize_tensor(pixels, size, box, mode=how, out=out)
 
 _SMALL = 2**18 # bytes of a file that is read at once
 _ENTRY = struct.Struct('>BBH') # of a JPEG's head: 255, what it is, how long it is
@@ -121,7 +123,7 @@ def plain_jpeg(
     if not 4 < len(data) < _SMALL or data[:3] != b'\xff\xd8\xff': return None
     try: size, mode, info = _head_of(data)
     except (ValueError, IndexError, struct.error): return None
-    return PlainJpeg(bytearray(data), size, mode, info) if size[0] * size[1] <= _PART_OF_PHOTO else None
+    return PlainJpeg(data, size, mode, info) if size[0] * size[1] <= _PART_OF_PHOTO else None
 
 _PART_OF_PHOTO = 2**22 # pixels; of a larger one seldom all are needed
 
@@ -135,16 +137,17 @@ def _small_file(path: str) -> bytes:
 
 def _head_of(data: bytes) -> tuple[tuple[int, int], str, dict[str, Any]]:
     "Size, mode and what PIL would tell of it; `ValueError` for a head with anything unusual"
-    at, size, mode, info = 2, (0, 0), '', {}
+    end, size, mode, info = 2, (0, 0), '', {}
     while True:
-        begin, kind, length = _ENTRY.unpack_from(data, at)
-        entry = data[at + 4:at + 2 + length]
-        if begin != 255 or length < 2 or len(entry) != length - 2: break
+        begin, kind, length = _ENTRY.unpack_from(data, at := end)
+        end = at + 2 + length
+        if begin != 255 or length < 2 or end > len(data): break
+        if kind == 0xC4 or kind == 0xDD: continue # for the decoder
+        entry = data[at + 4:end]
         if kind == 0xC0 and not mode: size, mode = _frame(entry)
         elif kind == 0xE0: info.update(_jfif(entry))
         elif kind == 0xDA and mode and size[0] and size[1] and entry[:1] == (b'\1' if mode == 'L' else b'\3'): return size, mode, info # all channels in one scan
-        elif kind not in (0xC4, 0xDD) and not (kind == 0xDB and _are_tables(entry)): break # what remains are the tables of the decoder
-        at += 2 + length
+        elif kind != 0xDB or not _are_tables(entry): break
     raise ValueError
 
 def _frame(entry: bytes) -> tuple[tuple[int, int], str]:
@@ -155,7 +158,7 @@ def _frame(entry: bytes) -> tuple[tuple[int, int], str]:
 
 def _are_tables(entry: bytes) -> bool:
     "Are these whole tables for the brightness of waves, with 8 bits a number?"
-    return len(entry) % 65 == 0 and all(o < 16 for o in entry[::65])
+    return len(entry) % 65 == 0 and max(entry[::65], default=0) < 16
 
 def _jfif(entry: bytes) -> dict[str, Any]:
     "The head's first entry (JFIF 1.02), in PIL's words"

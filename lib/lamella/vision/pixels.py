@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['Pixels', 'Step', 'in_parts', 'new_batch']
+__all__ = ['Pixels', 'byte_writer', 'Step', 'in_parts', 'new_batch']
 
 # %% ../../../nbs/60_vision/12_pixels.ipynb #b9a68871
 _PART = 600_000 # numbers in a part of a batch: as floats they fit into the cache of a core
@@ -42,6 +42,11 @@ class Pixels:
 
     @y.setter
     def y(self, y: torch.Tensor) -> None: self._y = y
+
+    @property
+    def shape(self) -> torch.Size: # (n,c,h,w)
+        "The shape of the images, as they are by now"
+        return self._y.shape
 
     @property
     def bytes(self) -> torch.Tensor | None: # (n,c,h,w), not to be changed; `scale` and `shift` are still to be done
@@ -81,10 +86,29 @@ class Pixels:
         else: torch.add(self.y.mul_(self.scale) if _is_not(self.scale, 1.) else self.y, self.shift, out=out)
 
     def _write_bytes(self, out: torch.Tensor) -> None:
-        "Bytes that no step has changed, read once and written once: NumPy converts and multiplies in one pass, which PyTorch 2.x does a number at a time"
+        "Bytes that no step has changed, read once and written once: in C, or by NumPy, which converts and multiplies in one pass, as PyTorch 2.x does not"
+        write = byte_writer() if self._x.is_contiguous() and out.is_contiguous() and out.shape == self._x.shape else None
+        planes = [_of_planes(o, self._x.shape) for o in (self.scale, self.shift)] if write is not None else [None]
+        if write is not None and all(o is not None for o in planes): return write(self._x.numpy(), *planes, out.numpy())
         scale = self.scale.numpy() if isinstance(self.scale, torch.Tensor) else np.float32(self.scale)
         np.multiply(self._x.numpy(), scale, out=out.numpy(), dtype=np.float32)
         if _is_not(self.shift, 0.): out.add_(self.shift)
+
+@functools.lru_cache(maxsize=1)
+def byte_writer() -> Callable | None: # takes bytes, factors, what is added (of each plane), memory for floats
+    "Writes bytes as floats (`_pixels.c`), if that was compiled when lamella was installed, and rounds twice, as NumPy does (a compiler may be told to do both at once)"
+    try: from lamella.vision._pixels import floats
+    except ImportError: return None
+    x, scale, shift, found = np.arange(256, dtype=np.uint8), np.float32(0.0171), np.float32(-2.118), np.empty(256, np.float32)
+    floats(x, np.array([scale]), np.array([shift]), found)
+    return floats if np.array_equal(found, x * scale + shift) else None
+
+def _of_planes(value: Any, shape: tuple[int, ...]) -> np.ndarray | None: # (n*c,); `None` if it is not the same in all of a plane
+    "A number, or what is broadcastable to (n,c,h,w), for each channel of each image"
+    n, c = shape[:2]
+    if isinstance(value, (int, float)): return np.full(n * c, value, np.float32)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.requires_grad or value.dim() > 4 or any(o > 1 for o in value.shape[-2:]): return None
+    return value.expand(n, c, 1, 1).contiguous().view(-1).numpy() if value.shape[-3:-2] in ((), (1,), (c,)) and value.shape[:-3] in ((), (1,), (n,)) else None
 
 _thread = threading.local()
 

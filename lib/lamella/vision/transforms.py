@@ -32,8 +32,7 @@ def _tensor_later(
     "`image2tensor` for the very end of a pipeline, where nobody looks at a sample before it is in a batch"
     later = now_or_later(transform)
     if later is None or img._later is None: return image2tensor(img)
-    make = img._later
-    return later.tensor((1 if img.mode == 'L' else 3, *img.shape), lambda out: out.copy_(make()))
+    return later.tensor((1 if img.mode == 'L' else 3, *img.shape), img._later)
 
 @register
 class ToTensor(Transform):
