@@ -12,12 +12,16 @@ TOP = Path(__file__).resolve().parents[1]
 NOTEBOOKS = TOP/'nbs'
 AT_ONCE = 2
 TIMEOUT = 1800 # seconds a notebook
+SEED = 7        # as in conftest.py
 RUN = '''
-import functools, sys
+import functools, random, sys
 import nbdev.test
+import numpy as np
+import torch
 from nbdev.test import test_nb
 nbdev.test.CaptureShell = functools.partial(nbdev.test.CaptureShell, mpl_format='png') # small pictures, not retina ones
-path, save, force = sys.argv[1:]
+path, save, force, seed = sys.argv[1:]
+for set_seed in (random.seed, np.random.seed, torch.manual_seed): set_seed(int(seed)) # the same run each time, as in the tests
 passed, seconds = test_nb(path, skip_flags=['slow'], force_flags=force.split(), save=save == 'save')
 sys.exit(not passed)
 '''
@@ -46,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('names', nargs='*', help='parts of paths below nbs/; all notebooks by default')
     parser.add_argument('--save', action='store_true', help='store the outputs, then clean and export')
+    parser.add_argument('--seed', type=int, default=SEED, help='what random numbers start from: a claim should hold with any (%(default)s)')
     parser.add_argument('--slow', action='store_true', help="run the cells marked '#| slow' too")
     return parser.parse_args()
 
@@ -70,7 +75,7 @@ def run_all(names: list[str], args: argparse.Namespace) -> int:
     "Run them, printing a line when each ends; how many failed"
     failures = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        runs = [pool.submit(run_notebook, name, args.save, args.slow) for name in names]
+        runs = [pool.submit(run_notebook, name, args.save, args.slow, args.seed) for name in names]
         for result in (run.result() for run in as_completed(runs)):
             print(f'{"ok    " if result.passed else "FAILED"} {result.seconds:6.1f} s  {result.name}', flush=True)
             if not result.passed: print(result.error, file=sys.stderr, flush=True)
@@ -82,11 +87,12 @@ def run_notebook(
     name: str,          # its path below `nbs/`
     save: bool = False, # store the outputs if it passes?
     slow: bool = False, # run the cells marked slow too?
+    seed: int = SEED,   # what random numbers start from
     **env,              # additional environment variables
 ) -> Result:
     "Run one notebook in a process of its own, in its folder"
     path, start = NOTEBOOKS/name, time.perf_counter()
-    command = [sys.executable, '-c', RUN, path.name, 'save' if save else '', 'slow' if slow else '']
+    command = [sys.executable, '-c', RUN, path.name, 'save' if save else '', 'slow' if slow else '', str(seed)]
     try:
         done = subprocess.run(command, cwd=path.parent, env=os.environ | env, timeout=TIMEOUT, capture_output=True, text=True)
         passed, error = done.returncode == 0, done.stdout + done.stderr

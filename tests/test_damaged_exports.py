@@ -281,7 +281,7 @@ def test_what_a_file_says_of_itself_is_plain(key, value, tiny, tmp_path):
 def test_members_of_other_shapes_and_numbers(tiny, tmp_path):
     from safetensors.torch import load, save
     weights = load(read_bundle(tiny, EXPORT_MEMBERS)['weights.safetensors'])
-    first = next(iter(weights))
+    first = next(k for k, o in weights.items() if o.ndim) # the order in the file may start with a counter, which has no rows
     for other in ({}, {**weights, 'more': torch.zeros(1)}, {**weights, first: weights[first][:1]}, {**weights, first: torch.zeros(10 ** 6)}, {'x': torch.zeros(1)}):
         assert attempt(tmp_path/'evil.pkl', with_member(tiny, weights=save(other))) is None
     for content in (b'', b'\xff' * 8, struct.pack('<Q', 2 ** 62) + b'{}', struct.pack('<Q', 2) + b'{}' + b'\0' * 100, struct.pack('<Q', 10 ** 6) + b'[' * 10 ** 6):

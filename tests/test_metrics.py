@@ -128,7 +128,7 @@ def test_numbers_are_those_of_sklearn(n, seed, offset):
     preds, targs = (torch.randn(n, 1, generator=generator) + offset for _ in range(2))
     batches, (p, t) = batches_of(preds, targs, [n // 2]), (o.flatten().double().numpy() for o in (preds, targs))
     for name, function in (('R2Score', sk.r2_score), ('ExplainedVariance', sk.explained_variance_score)):
-        assert np.isclose(float(value_of(getattr(metrics, name)(), batches)), function(t, p), rtol=1e-5, atol=1e-5)
+        assert np.isclose(float(value_of(getattr(metrics, name)(), batches)), function(t, p), rtol=1e-4, atol=1e-5)
     assert np.isclose(float(value_of(metrics.PearsonCorrCoef(), batches)), np.corrcoef(p, t)[0, 1], atol=1e-6)
     assert np.isclose(float(value_of(mk_metric(metrics.rmse), batches)), math.sqrt(((p - t)**2).mean()), rtol=1e-4)
 
