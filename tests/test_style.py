@@ -151,6 +151,14 @@ def test_no_machine_paths():
     assert not found, '\n' + '\n'.join(found)
 
 
+def test_notebooks_begin_with_their_title():
+    "What jupytext writes above a percent file has no place in the course, nor have empty cells"
+    for file in sorted((TOP/'nbs').rglob('*.ipynb')):
+        cells = json.loads(file.read_text(encoding='utf-8'))['cells']
+        assert cells[0]['cell_type'] == 'markdown' and ''.join(cells[0]['source']).startswith('# '), file
+        assert all(''.join(cell['source']).strip() for cell in cells), f'{file} has an empty cell'
+
+
 # The checkers themselves
 
 @pytest.mark.parametrize('source', [
