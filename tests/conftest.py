@@ -1,4 +1,4 @@
-"""What the tests share: folders of small photographs, a quiet matplotlib, one seed."""
+"""What the tests share: folders of small photographs, batches compared, a quiet matplotlib, one seed."""
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +19,13 @@ def make_photos(root: Path, classes=('cat', 'dog'), n: int = 8, size=(60, 48), s
             pixels[..., k % 3] += 150
             Image.fromarray(pixels).save(root/name/f'{i}.jpg', quality=90)
     return root
+
+
+def assert_same_batches(found, expected):
+    "Tuples of tensors: as many, of the same types and shapes, and equal in each number"
+    import torch
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected): assert [(o.dtype, o.shape) for o in a] == [(o.dtype, o.shape) for o in b] and all(map(torch.equal, a, b))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_batches
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -31,11 +32,6 @@ def loader(photos, item_tfms, blocks=(ImageBlock, CategoryBlock), get_y=parent_l
 
 
 def epochs(dl, n=2): return [tuple(torch.as_tensor(o).clone() for o in batch) for _ in range(n) for batch in dl]
-
-
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected): assert [(o.dtype, o.shape) for o in a] == [(o.dtype, o.shape) for o in b] and all(map(torch.equal, a, b))
 
 
 @pytest.fixture
@@ -177,20 +173,20 @@ def test_the_same_batches(photos, at_one_go, name, kind):
     filled = at_one_go.filled
     expected = epochs(loader(photos, **given_))
     assert at_one_go.filled == filled
-    assert_same(found, expected)
-    assert_same(in_workers, expected[:len(in_workers)])
+    assert_same_batches(found, expected)
+    assert_same_batches(in_workers, expected[:len(in_workers)])
 
 
 def test_spawned_workers_read_the_same(photos, at_one_go):
     found = epochs(loader(photos, RandomResizedCrop(32), num_workers=2, multiprocessing_context='spawn'))
     at_one_go.never()
-    assert_same(found, epochs(loader(photos, RandomResizedCrop(32))))
+    assert_same_batches(found, epochs(loader(photos, RandomResizedCrop(32))))
 
 
 def test_an_image_that_outlives_its_sample(photos, at_one_go):
     found = epochs(loader(photos, [LooksBack(), Resize(32)]), 1)
     at_one_go.never()
-    assert_same(found, epochs(loader(photos, [LooksBack(), Resize(32)]), 1))
+    assert_same_batches(found, epochs(loader(photos, [LooksBack(), Resize(32)]), 1))
 
 
 class Pair(PILImage): pass
@@ -209,7 +205,7 @@ def test_a_type_of_the_users_own_that_looks_at_its_tensors(photos, at_one_go):
         found = epochs(loader(photos, [Parts()]))
         assert found[0][0].shape == (4, 3, 32, 80)
         at_one_go.never()
-        assert_same(found, epochs(loader(photos, [Parts()])))
+        assert_same_batches(found, epochs(loader(photos, [Parts()])))
     finally:
         own.remove(encodes)
         ToTensor._inherit()
@@ -246,7 +242,7 @@ def test_bad_files_are_found_one_by_one(photos, at_one_go, workers, on_error):
     found, failures = read(workers)
     at_one_go.never()
     expected, known = read(0)
-    assert_same(found, expected)
+    assert_same_batches(found, expected)
     assert failures == known and len(failures) == 1
     assert sum(len(x) for x, _ in found) == (13 if on_error == 'skip' else 14)
 

@@ -8,6 +8,8 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_batches
+
 from lamella.data import transit
 from lamella.data.loader import DataLoader
 from lamella.data.pipeline import DataError
@@ -30,11 +32,6 @@ def loader(photos, item_tfms=LARGE, with_floats=False, **kwargs):
 def epoch(dl): return [tuple(o.clone() for o in batch) for batch in dl]
 
 
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected): assert [(o.dtype, o.shape) for o in a] == [(o.dtype, o.shape) for o in b] and all(map(torch.equal, a, b))
-
-
 @pytest.fixture
 def lent(monkeypatch):
     "The slots that were lent, in this order"
@@ -51,7 +48,7 @@ def taken(dl): return sum(dl.workers._slots[0]._taken[:])
 def test_the_same_batches_from_the_second_epoch_on(photos, lent, workers, with_floats):
     dl, alone = (loader(photos, num_workers=n, with_floats=with_floats) for n in (workers, 0))
     for k in range(4):
-        assert_same(epoch(dl), epoch(alone))
+        assert_same_batches(epoch(dl), epoch(alone))
         assert len(lent) == 4 * k, 'in the first one nobody knows yet how large batches are'
     assert len({key for key, _ in lent}) == 1 and taken(dl) == 0
 
@@ -84,22 +81,22 @@ def test_more_batches_are_held_than_there_are_slots(photos, lent):
 def test_a_batch_of_a_loop_that_was_broken_off(photos, lent):
     "Its workers may be at work for a moment yet: their slots are never used again"
     dl, alone = loader(photos), loader(photos, num_workers=0)
-    assert_same(epoch(dl), epoch(alone))
+    assert_same_batches(epoch(dl), epoch(alone))
     for _ in range(3):
         kept = next(iter(dl))
         before, key = kept[0].clone(), lent[-1][0]
         assert not dl.workers._slots and key not in transit._all
         next(iter(alone))
-        assert_same(epoch(dl), epoch(alone))
+        assert_same_batches(epoch(dl), epoch(alone))
         assert torch.equal(kept[0], before) and lent[-1][0] != key
 
 
 def test_two_loops_at_once(photos, lent):
     dl, alone = loader(photos), loader(photos, num_workers=0)
     epoch(dl), epoch(alone)
-    assert_same([(*a, *b) for a, b in zip(dl, dl)], [(*(o.clone() for o in a), *b) for a, b in zip(alone, alone)])
+    assert_same_batches([(*a, *b) for a, b in zip(dl, dl)], [(*(o.clone() for o in a), *b) for a, b in zip(alone, alone)])
     assert len({key for key, _ in lent}) == 2, 'slots of their own'
-    assert_same(epoch(dl), epoch(alone))
+    assert_same_batches(epoch(dl), epoch(alone))
 
 
 def test_an_error_in_the_loop(photos):
@@ -108,7 +105,7 @@ def test_an_error_in_the_loop(photos):
     with pytest.raises(KeyError):
         for batch in dl: raise KeyError
     next(iter(alone))
-    for _ in range(2): assert_same(epoch(dl), epoch(alone))
+    for _ in range(2): assert_same_batches(epoch(dl), epoch(alone))
 
 
 def test_other_sizes(photos, lent):
@@ -117,7 +114,7 @@ def test_other_sizes(photos, lent):
     dl, alone = loader(photos, tfm), loader(photos, tfm, num_workers=0)
     for size, bs, workers in ((600, 4, 2), (700, 4, 2), (300, 4, 2), (400, 4, 3), (500, 7, 1), (32, 4, 2), (600, 4, 2)):
         tfm.size, dl.bs, alone.bs, dl.workers.num_workers = (size, size), bs, bs, workers
-        for _ in range(2): assert_same(epoch(dl), epoch(alone))
+        for _ in range(2): assert_same_batches(epoch(dl), epoch(alone))
     assert len({key for key, _ in lent}) > 4
 
 
@@ -133,12 +130,12 @@ class Dies(Transform):
 @pytest.mark.filterwarnings('ignore')
 def test_a_worker_that_dies(photos, tmp_path):
     dl, alone = loader(photos, [Dies(tmp_path/'now'), LARGE]), loader(photos, [Dies(tmp_path/'now'), LARGE], num_workers=0)
-    for _ in range(2): assert_same(epoch(dl), epoch(alone))
+    for _ in range(2): assert_same_batches(epoch(dl), epoch(alone))
     (tmp_path/'now').touch()
     with pytest.raises(DataError, match='died'): epoch(dl)
     (tmp_path/'now').unlink()
     dl.epoch = alone.epoch
-    for _ in range(2): assert_same(epoch(dl), epoch(alone))
+    for _ in range(2): assert_same_batches(epoch(dl), epoch(alone))
 
 
 @pytest.mark.parametrize('on_error', ['skip', 'replace'])
@@ -149,7 +146,7 @@ def test_batches_that_are_read_again_give_their_slot_back(photos, tmp_path, on_e
     dl, alone = (loader(photos, num_workers=n, on_error=on_error) for n in (2, 0))
     for _ in range(3):
         with pytest.warns(UserWarning): found = epoch(dl)
-        with pytest.warns(UserWarning): assert_same(found, epoch(alone))
+        with pytest.warns(UserWarning): assert_same_batches(found, epoch(alone))
     assert taken(dl) == 0 and lent
 
 
@@ -206,7 +203,7 @@ def test_processes_that_are_forked_between_epochs(photos):
     before = slots.key
     assert slots.are_free(*made_with) and exit_codes([in_child(lambda: not slots.are_free(*made_with))]) == [0]
     def same():
-        for one in expected: assert_same(epoch(dl), one)
+        for one in expected: assert_same_batches(epoch(dl), one)
         return dl.workers._slots[0].key
     children = [in_child(lambda: same() > before) for _ in range(2)]
     assert same() == before and exit_codes(children) == [0, 0]
@@ -245,14 +242,14 @@ def test_copies_have_slots_of_their_own(photos, lent):
     other.epoch = 1
     for _ in range(2): found = epoch(other)
     other.epoch = 1
-    assert_same(epoch(other), expected)
+    assert_same_batches(epoch(other), expected)
     assert len(found) == 4 and len({key for key, _ in lent}) == 2
 
 
 @pytest.mark.parametrize('kwargs', [dict(multiprocessing_context='spawn'), dict(persistent_workers=True)], ids=str)
 def test_without_slots_where_processes_do_not_see_them(photos, lent, kwargs):
     dl, alone = loader(photos, **kwargs), loader(photos, num_workers=0)
-    for _ in range(2): assert_same(epoch(dl), epoch(alone))
+    for _ in range(2): assert_same_batches(epoch(dl), epoch(alone))
     assert not lent
 
 
