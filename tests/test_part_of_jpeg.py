@@ -12,7 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import lamella.vision.decoding as decoding
 import lamella.vision.jpeg as jpeg
+import lamella.vision.pixels as pixels
+import lamella.vision.sampling as sampling
 from lamella.vision.all import CategoryBlock, DataBlock, ImageBlock, RandomResizedCrop, RandomSplitter, Resize, get_image_files, parent_label
 from lamella.vision.types import PILImage, PILImageBW
 from PIL import Image
@@ -224,3 +227,11 @@ def test_lamella_is_installed_without_a_compiler_too(tmp_path):
                           env={**os.environ, 'CC': 'no-such-compiler'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ('_jpeg', '_pixels', '_sampling'): assert f'lamella.vision.{name}' in done.stdout + done.stderr and not list((tmp_path/'lib').rglob(f'{name}*'))
+
+
+@pytest.mark.skipif('AVX' not in torch.backends.cpu.get_cpu_capability(), reason='PyTorch was told to do without vectors, and rounds in another way then')
+@pytest.mark.parametrize('name, function', [('_jpeg', jpeg.part_decoder), ('_pixels', decoding.byte_resizer), ('_pixels', pixels.byte_writer), ('_sampling', sampling.byte_sampler)])
+def test_what_was_compiled_is_used(name, function):
+    "A part that finds out that it does something else than PyTorch steps back: lamella would only be slower, and the tests of that part left out"
+    pytest.importorskip(f'lamella.vision.{name}', exc_type=ImportError)
+    assert function() is not None
