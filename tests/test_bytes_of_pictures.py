@@ -1,7 +1,8 @@
 """Bytes of pictures, resized and as floats by `_pixels.c`: bit by bit what PyTorch and NumPy make of them, whatever the sizes."""
 import math
-import mmap
 import random
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,19 +82,36 @@ def test_any_part_of_any_memory(box, size, layout):
     assert resize_tensor(x, size, (left, top, left + width, top + height), out=out) is out and torch.equal(out, expected)
 
 
-@compiled
-@pytest.mark.parametrize('height,width,row', [(1, 4096 // 3, 4095), (4, 340, 1021), (5, 100, 300), (9, 7, 455), (2, 1, 3), (17, 33, 200)])
-def test_nothing_behind_the_picture_is_touched(height, width, row):
-    "What ends with its page may have no page behind it; `memory` tells of writes, and the last bytes are those that a vector would reach over"
+AT_THE_END = '''
+import ctypes, mmap, sys
+import numpy as np
+from lamella.vision._pixels import resize
+libc = ctypes.CDLL(None, use_errno=True)
+for height, width, row in [(1, 4096 // 3, 4095), (4, 340, 1021), (5, 100, 300), (9, 7, 455), (2, 1, 3), (17, 33, 200), (40, 31, 93)]:
     size = (height - 1) * row + 3 * width
-    memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-    x = torch.frombuffer(memory, dtype=torch.uint8)[len(memory) - size:].as_strided((height, width, 3), (row, 3, 1))
-    x.copy_(picture(height, width))
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(place + room), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0, ctypes.get_errno()
+    whole = np.frombuffer(memory, np.uint8)[room - size:room]
+    x = np.lib.stride_tricks.as_strided(whole, (height, width, 3), (row, 3, 1))
+    x[:] = np.random.default_rng(0).integers(0, 256, x.shape)
     for after in ((2, 2), (9, 31), (64, 48)):
-        room = np.full(3 * after[0] * after[1] + 200, 0xA5, np.uint8)
-        decoding.byte_resizer()(x.numpy(), room[100:-100].reshape(3, *after))
-        assert (room[:100] == 0xA5).all() and (room[-100:] == 0xA5).all()
-        assert torch.equal(torch.from_numpy(room[100:-100].reshape(3, *after)), by_torch(x.contiguous(), after))
+        beside, found = np.full((3, *after), 1, np.uint8), np.full(3 * after[0] * after[1] + 200, 0xA5, np.uint8)
+        resize(x.copy(), beside)
+        resize(x, found[100:-100].reshape(3, *after))
+        assert (found[100:-100] == beside.reshape(-1)).all() and (found[:100] == 0xA5).all() and (found[-100:] == 0xA5).all()
+    if sys.argv[1:]: whole.base[room] # must end the process
+print('done')
+'''
+
+@compiled
+@pytest.mark.skipif(sys.platform != 'linux', reason='mprotect, and the signal that tells')
+def test_nothing_behind_the_picture_is_touched():
+    "What ends with its page may have no page behind it: here there is one that may not even be read"
+    done = subprocess.run([sys.executable, '-c', AT_THE_END], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, 'done\n'), done.stderr
+    assert subprocess.run([sys.executable, '-c', AT_THE_END, 'read it'], capture_output=True).returncode == -signal.SIGSEGV
 
 
 @compiled
